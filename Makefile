@@ -1,0 +1,50 @@
+# Every target works on a fresh machine and from any folder: make -C <here> test
+# VENV=... puts the virtual environment elsewhere, PYTHON=... makes it with another interpreter, ARGS=... goes to pytest.
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.moe3d-setup
+
+.PHONY: help setup lint test test-full test-golden-full demo clean
+
+help:
+	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
+	@echo "make lint              ruff and mypy"
+	@echo "make test              every test that takes seconds"
+	@echo "make test-full         the tests on the full-size model: minutes, several GB of memory"
+	@echo "make test-golden-full  of those, the comparison with the golden files"
+	@echo "make demo              preset to depth maps, in demo/"
+	@echo "make clean             remove what builds, tests and the demo left; $(VENV) stays"
+
+setup: $(STAMP)
+
+# The stamp lies in the environment, so it goes when that goes. pip without an environment to run in means that
+# none is there or that making it was interrupted.
+$(STAMP): setup.cfg constraints.txt
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --constraint constraints.txt torch
+	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,dev]'
+	@touch $@
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: setup
+	$(PY) -m pytest -q -m "not full" $(ARGS)
+
+test-full: setup
+	$(PY) -m pytest -q -m full $(ARGS)
+
+test-golden-full: setup
+	$(PY) -m pytest -q -m full -k golden $(ARGS)
+
+demo: setup
+	$(PY) -m moe3d_deploy.benchmarks.demo --out demo
+
+clean:
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	find moe3d_deploy export engines benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

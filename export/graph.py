@@ -1,0 +1,157 @@
+"""PyTorch model -> ONNX file with views, resolution and batch symbolic. Nothing here checks numbers: see verify.py."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from moe3d_deploy.errors import ExportError, InputError
+from moe3d_deploy.export.contract import MODEL_FILE, OPSET, output_names, output_shapes
+from moe3d_deploy.export.expert_mix import SymbolicExpertMix, expert_mix_function
+from moe3d_deploy.model import MoE3D
+from moe3d_deploy.model.moe3d import check_outputs
+from moe3d_deploy.model.transformer import explicit_attention, set_attention
+
+INPUT_DIMS: tuple[str | int, ...] = ("B", "S", 3, "H", "W")
+
+# The example the tracer sees. An axis of 1, or two equal ones, would be taken for constants.
+TRACED_SHAPE_IN_PATCHES = (2, 3, 4, 5)
+
+Progress = Callable[[str], None]
+
+
+class ExportModule(nn.Module):
+    """The model with the ONNX contract's signature: images in, a tuple of the named outputs out."""
+
+    def __init__(self, model: MoE3D, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = tuple(names)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        result = self.model(images, outputs=[name for name in self.names if name != "pose_enc"])
+        return tuple(result[name] for name in self.names)
+
+
+def prepare(model: MoE3D, *, merge: bool, outputs: Sequence[str] = ()) -> ExportModule:
+    """Turn a loaded model into its deployment form, in place: explicit attention, merged experts as one node."""
+    check_outputs(model.config, outputs)
+    if "expert_depths" in outputs:
+        raise InputError("output 'expert_depths' exists in PyTorch only; export expert_weights or depth_variance")
+    set_attention(model, explicit_attention)
+    if model.config.moe is not None and merge:
+        model.depth_head.merge_experts()
+        variance = "depth_variance" in outputs
+        model.depth_head.merged = SymbolicExpertMix(  # type: ignore[assignment]
+            model.depth_head.merged,  # type: ignore[arg-type]
+            with_weights=variance or bool({"expert_weights", "expert_entropy"} & set(outputs)),
+            with_candidates=variance,
+        )
+    return ExportModule(model, output_names(outputs))
+
+
+def trace(module: nn.Module, patch_size: int) -> torch.export.ExportedProgram:
+    """torch.export with named dimensions: the gate that refuses a model which depends on one concrete shape."""
+    batch, views, rows, columns = TRACED_SHAPE_IN_PATCHES
+    example = torch.zeros(batch, views, 3, rows * patch_size, columns * patch_size)
+    dim = torch.export.Dim
+    shapes = {0: dim("B"), 1: dim("S"), 3: patch_size * dim("grid_h"), 4: patch_size * dim("grid_w")}
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"the model depends on a concrete shape, so one file cannot serve all: {_gist(error)}"
+        ) from error
+
+
+def export_onnx(
+    model: MoE3D,
+    folder: Path,
+    *,
+    merge: bool = True,
+    outputs: Sequence[str] = (),
+    metadata: dict[str, str] | None = None,
+    progress: Progress = lambda phase: None,
+) -> Path:
+    """Write `model.onnx` and `model.onnx.data` into `folder`; returns the path of the first.
+
+    `model` is changed to its deployment form. Weights keep their dtype and are streamed to the file.
+    """
+    module = prepare(model, merge=merge, outputs=outputs)
+    progress("trace")
+    program = trace(module, model.config.patch_size)
+    progress("translate")
+    with _quiet():
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=list(module.names),
+            verbose=False,
+        )
+    if onnx_program is None:
+        raise ExportError("torch.onnx.export gave no program")
+    graph_model = onnx_program.model
+    progress("write")
+    mix = model.depth_head.merged
+    if isinstance(mix, SymbolicExpertMix):
+        function = ir.serde.deserialize_function(expert_mix_function(mix.shape, OPSET))
+        graph_model.functions[function.identifier()] = function
+    _clean(graph_model, module.names, model)
+    graph_model.metadata_props.update(metadata or {})
+    path = folder / MODEL_FILE
+    ir.save(graph_model, path, external_data=f"{MODEL_FILE}.data")
+    progress("check")
+    _check(path)
+    return path
+
+
+def _clean(graph_model: ir.Model, names: Sequence[str], model: MoE3D) -> None:
+    """Leave nothing of the exporting machine (paths in node metadata, symbol names) in the file."""
+    graph_model.producer_name, graph_model.producer_version = "moe3d-deploy", None
+    graph = graph_model.graph
+    graph.name = "moe3d"
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            value.shape = None  # inferred anew by every reader, and named after the tracer's symbols
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
+    graph.inputs[0].shape = ir.Shape(INPUT_DIMS)
+    for value, shape in zip(graph.outputs, output_shapes(names, model.config), strict=True):
+        value.shape = ir.Shape(shape)
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the written {path.name} is not valid ONNX: {_gist(error)}") from error
+
+
+def _gist(error: Exception) -> str:
+    """The first line of a message that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs a warning for each torchvision operator when torchvision is not installed."""
+    logger: Any = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,200 @@
+"""Checkpoint -> verified bundle: the stages in their order, each in a process of its own."""
+
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe3d_deploy import __version__
+from moe3d_deploy.bundle import Bundle, BundleWriter
+from moe3d_deploy.child import ChildResult, Emit, run_in_child
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.errors import ExportError
+from moe3d_deploy.export import verify
+from moe3d_deploy.export.compare import Limits
+from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
+from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
+from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, Range, ShapeRanges, Tensor, Verification
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute, round, bundle."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """merge: deploy the experts as one convolution and `moe3d::ExpertMix`; outputs: names beyond the default four."""
+
+    policy: PrecisionPolicy = PrecisionPolicy("fp16")
+    merge: bool = True
+    outputs: tuple[str, ...] = ()
+    verify: bool = True
+    shapes: tuple[Shape, ...] = SHAPES_IN_PATCHES
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The bundle, and per stage its seconds and peak bytes."""
+
+    bundle: Bundle
+    stages: dict[str, dict[str, float]]
+
+
+def export_bundle(
+    source: SourceSpec, path: Path, options: ExportOptions, *, overwrite: bool = False, on_event: OnEvent | None = None
+) -> ExportReport:
+    """Export `source` to a new bundle at `path`, verified unless the options say not.
+
+    Whatever fails, nothing is left at `path`. Raises CheckpointError and InputError before work begins, ExportError
+    when the model cannot be exported or the file does not compute what PyTorch does.
+    """
+    tell = on_event or (lambda event: None)
+    stages: dict[str, dict[str, float]] = {}
+
+    def run(stage: str, function: str, request: dict[str, Any], total: int) -> ChildResult:
+        def forward(event: dict[str, Any]) -> None:
+            tell({"stage": stage, "total": total, "detail": "", **event})
+
+        forward({"step": 0})
+        result = run_in_child(function, request, on_event=forward, failure=ExportError)
+        forward({"step": total})
+        stages[stage] = {"seconds": round(result.seconds, 2), "peak_bytes": result.peak_bytes}
+        return result
+
+    with BundleWriter(path, overwrite) as writer:
+        request = {
+            "source": asdict(source),
+            "policy": asdict(options.policy),
+            "merge": options.merge,
+            "outputs": list(options.outputs),
+            "folder": str(writer.folder),
+        }
+        facts = run("export", f"{__name__}:export_stage", request, len(EXPORT_PHASES)).value
+        config = ModelConfig.from_dict(facts["config"])
+        verification = Verification("skipped", limits=Limits.of(options.policy.precision).errors)
+        if options.verify:
+            with tempfile.TemporaryDirectory(prefix="moe3d-verify-") as folder:
+                verification = _verify(request, options, config, Path(folder), writer.folder / MODEL_FILE, run)
+        tell({"stage": "bundle", "step": 0, "total": 1, "detail": ""})
+        bundle = writer.commit(_manifest(facts, config, options, verification))
+        tell({"stage": "bundle", "step": 1, "total": 1, "detail": ""})
+    return ExportReport(bundle, stages)
+
+
+def _verify(
+    request: dict[str, Any],
+    options: ExportOptions,
+    config: ModelConfig,
+    folder: Path,
+    model: Path,
+    run: Callable[[str, str, dict[str, Any], int], ChildResult],
+) -> Verification:
+    precision = options.policy.precision
+    names = list(output_names(options.outputs))
+    request = {
+        **request,
+        "folder": str(folder),
+        "model": str(model),
+        "names": names,
+        "outputs": [name for name in names if name in OPTIONAL_OUTPUTS],
+        "shapes": [list(shape) for shape in options.shapes],
+        "patch_size": config.patch_size,
+    }
+    stage_of = {"reference": "reference", "execute": "executed"} | (
+        {"round": "rounded"} if options.policy.sixteen_bit else {}
+    )
+    results = {
+        stage: run(stage, f"{verify.__name__}:{function}", request, len(options.shapes))
+        for stage, function in stage_of.items()
+    }
+    kinds = [function for function in stage_of.values() if function != "reference"]
+    headroom = {}
+    if "round" in results:  # before the errors: an overflow explains them
+        headroom = verify.headroom_report(results["round"].value["shares"], precision)
+    cases = verify.check(folder, options.shapes, names, kinds, precision)
+    return Verification("passed", Limits.of(precision).errors, tuple(cases), headroom)
+
+
+EXPORT_PHASES = ("load", "trace", "translate", "write", "check")
+
+
+def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Child stage: load the weights in their final dtype and write the ONNX file; returns facts for the manifest."""
+    import torch
+
+    from moe3d_deploy.export.graph import export_onnx
+    from moe3d_deploy.model.moe3d import check_outputs
+
+    def phase(name: str) -> None:
+        emit({"step": EXPORT_PHASES.index(name), "detail": name})
+
+    phase("load")
+    source = SourceSpec(**request["source"])
+    policy = PrecisionPolicy(**request["policy"])
+    opened = source.open()
+    check_outputs(opened.config, request["outputs"])
+    model = source.load(policy, request["outputs"])
+    facts = {
+        "name": opened.name,
+        "config": model.config.to_dict(),
+        "checkpoint": {"origin": opened.origin, "sha256": opened.sha256(), "licence": opened.licence},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+    }
+    metadata = {
+        "moe3d.version": __version__,
+        "moe3d.precision": policy.precision,
+        "moe3d.model_config": json.dumps(facts["config"], sort_keys=True),
+        "moe3d.checkpoint": json.dumps(facts["checkpoint"], sort_keys=True),
+        "moe3d.tensors": json.dumps(
+            {t.name: t.meaning for t in (*_inputs(), *_outputs(request["outputs"], model.config))}, sort_keys=True
+        ),
+        "moe3d.preprocessing": json.dumps(asdict(Preprocessing.of(model.config)), sort_keys=True),
+    }
+    export_onnx(
+        model,
+        Path(request["folder"]),
+        merge=request["merge"],
+        outputs=request["outputs"],
+        metadata=metadata,
+        progress=phase,
+    )
+    return facts
+
+
+def _manifest(
+    facts: dict[str, Any], config: ModelConfig, options: ExportOptions, verification: Verification
+) -> Manifest:
+    patch = config.patch_size
+    pixels = Range(min=patch, max=None, step=patch)
+    packages = ("onnx", "onnxscript", "onnxruntime", "numpy")
+    versions = {"moe3d_deploy": __version__, "python": platform.python_version(), "torch": facts["torch"]}
+    return Manifest(
+        name=facts["name"],
+        created_by=versions | {name: importlib.metadata.version(name) for name in packages},
+        model_config=facts["config"],
+        checkpoint=Checkpoint(**facts["checkpoint"]),
+        preprocessing=Preprocessing.of(config),
+        inputs=_inputs(),
+        outputs=_outputs(options.outputs, config),
+        precision=options.policy.precision,
+        opset=OPSET,
+        shape_ranges=ShapeRanges(batch=Range(1, None), views=Range(1, None), height=pixels, width=pixels),
+        merged_experts=options.merge and config.moe is not None,
+        verification=verification,
+    )
+
+
+def _inputs() -> tuple[Tensor, ...]:
+    return (Tensor("images", "float32", ("B", "S", 3, "H", "W"), "RGB in [0, 1]; H and W multiples of the patch size"),)
+
+
+def _outputs(requested: "tuple[str, ...] | list[str]", config: ModelConfig) -> tuple[Tensor, ...]:
+    names = output_names(requested)
+    shapes = output_shapes(names, config)
+    return tuple(Tensor(name, "float32", shape, OUTPUTS[name][1]) for name, shape in zip(names, shapes, strict=True))

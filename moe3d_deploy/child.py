@@ -1,0 +1,150 @@
+"""Run one function in a process of its own, so that memory peaks do not add and a crash is an error message.
+
+The parent starts `python -m moe3d_deploy.child package.module:function`, writes the request as JSON to its standard
+input and reads JSON lines: {"event": ...} while it works, then {"result": ...} or {"error": ..., "kind": ...}.
+The function is called as function(request, emit) and returns a JSON-able dict.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from moe3d_deploy import errors
+from moe3d_deploy.errors import Moe3dError
+
+Emit = Callable[[dict[str, Any]], None]
+
+GRACE_SECONDS = 10.0  # between asking a child to stop and killing it
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """What the function returned, and what it cost: wall-clock seconds and peak resident bytes."""
+
+    value: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+
+
+def run_in_child(
+    function: str,
+    request: dict[str, Any],
+    *,
+    on_event: Emit | None = None,
+    failure: type[Moe3dError] = Moe3dError,
+) -> ChildResult:
+    """Call "package.module:function" in a new process.
+
+    A Moe3dError raised there is raised here as the same class; any other end of the child raises `failure` with the
+    last line it wrote. An interrupt of the parent stops the child before it is passed on; a killed parent takes the
+    child with it.
+    """
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "moe3d_deploy.child", function]
+    with tempfile.TemporaryFile() as log:
+        # A session of its own: the terminal's Ctrl-C reaches the parent alone, which then stops the child.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        try:
+            outcome = _converse(child, request, on_event)
+        except BaseException:
+            _stop(child)
+            raise
+        if outcome is None:
+            raise failure(_death_notice(function, child.returncode, log))
+    if "error" in outcome:
+        kind = getattr(errors, outcome["kind"], failure)
+        raise kind.__new__(kind, outcome["error"])  # the message is complete: no class's own wording again
+    return ChildResult(outcome["result"], time.perf_counter() - started, outcome["peak_bytes"])
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Not getrusage: its figure starts from the parent's at the time of the fork, here perhaps a whole model.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+def _converse(child: "subprocess.Popen[str]", request: dict[str, Any], on_event: Emit | None) -> dict[str, Any] | None:
+    """Send the request, pass events on, return the last message (None if the child ended without one)."""
+    outcome = None
+    try:
+        with child.stdin as pipe:  # type: ignore[union-attr]
+            json.dump(request, pipe)
+    except BrokenPipeError:
+        pass  # it died before reading; what it wrote says why
+    for line in child.stdout:  # type: ignore[union-attr]
+        message = json.loads(line)
+        if "event" not in message:
+            outcome = message
+        elif on_event:
+            on_event(message["event"])
+    child.wait()
+    return outcome
+
+
+def _stop(child: "subprocess.Popen[str]") -> None:
+    """Ask the child to end, and end it; a second interrupt only shortens the grace."""
+    try:
+        child.send_signal(signal.SIGINT)
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _death_notice(function: str, code: int, log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    if code == -signal.SIGKILL:
+        return f"{function} was killed; the machine probably ran out of memory (see `dmesg`): free some and try again"
+    return f"{function} ended with code {code}: {lines[-1] if lines else 'no message'}"
+
+
+def _main() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is not part of the conversation
+
+    def send(message: dict[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+
+    module, _, name = sys.argv[1].partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+        result = function(json.load(sys.stdin), lambda event: send({"event": event}))
+        send({"result": result, "peak_bytes": peak_bytes()})
+    except Moe3dError as error:
+        send({"error": str(error), "kind": type(error).__name__})
+    except MemoryError:
+        message = f"{name} ran out of memory: use fewer views or a smaller size"
+        send({"error": message, "kind": Moe3dError.__name__})
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    _main()

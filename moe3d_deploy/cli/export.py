@@ -1,0 +1,208 @@
+"""`moe3d export`, also `moe3d-export`: checkpoint -> verified ONNX file -> engine, in one bundle folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe3d_deploy.cli.progress import Progress
+from moe3d_deploy.errors import EngineError, InputError, Moe3dError
+from moe3d_deploy.manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:
+    from moe3d_deploy.bundle import Bundle
+    from moe3d_deploy.engines.shapes import ShapeProfile
+
+
+@click.command("export", short_help="Export a preset, checkpoint or bundle to a verified bundle")
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True)
+@click.option("--fp32-heads", is_flag=True, help="Keep the dense heads in float32 in an fp16 export.")
+@click.option("--outputs", default="", help="Outputs beyond depth, depth_conf, extrinsics and intrinsics, by commas.")
+@click.option("--no-merge", is_flag=True, help="Keep a convolution per expert and plain operations for the mix.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch; the manifest records it.")
+@click.option(
+    "--builder", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]), default="auto", show_default=True,
+    help="Engine builder; none for the ONNX file alone.",
+)  # fmt: skip
+@click.option("--batch", default="1", show_default=True, help="Scenes of the engine: value, min:max or min:opt:max.")
+@click.option("--views", default="1:2:8", show_default=True, help="Views of the engine.")
+@click.option("--height", default=None, help="Image height of the engine in pixels.  [default: 10 patches to img_size]")
+@click.option("--width", default=None, help="Image width of the engine in pixels.  [default: as --height]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of a preset's weights.")
+@click.option("--allow-pickle", is_flag=True, help="Read a .pt checkpoint (weights only).")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle at -o.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with sizes, times, memory and errors.")
+def export_command(
+    source: str,
+    output: Path | None,
+    precision: str,
+    fp32_heads: bool,
+    outputs: str,
+    no_merge: bool,
+    no_verify: bool,
+    builder: str,
+    batch: str,
+    views: str,
+    height: str | None,
+    width: str | None,
+    seed: int,
+    allow_pickle: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export SOURCE, a preset, a checkpoint or a bundle, to a bundle: one ONNX file, verified, and an engine.
+
+    Presets (vggt-1b, moe3d-1b, moe3d-tiny) have seeded random weights. A bundle as SOURCE gets another engine.
+
+    \b
+    moe3d-export moe3d-tiny -o bundle --precision fp16 --views 1:2:4
+    moe3d-export bundle --views 8 --height 392 --width 518
+    """
+    from moe3d_deploy.bundle import Bundle
+
+    progress = Progress()
+    ranges = (batch, views, height, width)
+    report: dict[str, Any] = {}
+    if (Path(source) / MANIFEST_NAME).is_file():
+        if output is not None:
+            raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
+        if builder == "none":
+            raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
+        bundle = Bundle.open(source)
+    else:
+        if output is None:
+            raise InputError("-o is missing: name the bundle folder to write")
+        _check_builder_and_shapes(builder, ranges, source)
+        bundle = _export(
+            source, output, precision, fp32_heads, outputs, no_merge, no_verify, seed, allow_pickle, overwrite,
+            progress, report,
+        )  # fmt: skip
+    if builder != "none":
+        bundle = _build_engine(bundle, builder, ranges, progress, report)
+    _finish(bundle, report, progress, as_json)
+
+
+def _check_builder_and_shapes(builder: str, ranges: tuple[str, str, str | None, str | None], source: str) -> None:
+    """Fail before minutes of work, not after."""
+    from moe3d_deploy.config import PRESETS
+
+    if builder != "none":
+        from moe3d_deploy.engines.build import resolve_builder
+
+        try:
+            resolve_builder(builder)
+        except EngineError as error:
+            raise EngineError(f"{error}; or export without an engine: --builder none") from error
+        config = PRESETS.get(source, PRESETS["moe3d-1b"])
+        _profile(ranges, config.img_size, config.patch_size)
+
+
+def _profile(ranges: tuple[str, str, str | None, str | None], img_size: int, patch_size: int) -> "ShapeProfile":
+    from moe3d_deploy.engines.shapes import ShapeProfile
+
+    batch, views, height, width = ranges
+    smallest = min(10 * patch_size, img_size)
+    sides = f"{smallest}:{img_size}:{img_size}"
+    return ShapeProfile.from_ranges(batch, views, height or sides, width or sides, patch_size)
+
+
+def _export(
+    source: str,
+    output: Path,
+    precision: str,
+    fp32_heads: bool,
+    outputs: str,
+    no_merge: bool,
+    no_verify: bool,
+    seed: int,
+    allow_pickle: bool,
+    overwrite: bool,
+    progress: Progress,
+    report: dict[str, Any],
+) -> "Bundle":
+    from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
+    from moe3d_deploy.export.precision import PrecisionPolicy
+    from moe3d_deploy.export.source import SourceSpec
+
+    options = ExportOptions(
+        policy=PrecisionPolicy(precision, half_heads=not fp32_heads),
+        merge=not no_merge,
+        outputs=tuple(name for name in outputs.split(",") if name),
+        verify=not no_verify,
+    )
+    result = export_bundle(
+        SourceSpec(source, seed, allow_pickle),
+        output,
+        options,
+        overwrite=overwrite,
+        on_event=lambda e: progress.report(e["stage"], e["step"], e["total"], e["detail"]),
+    )
+    manifest = result.bundle.manifest
+    progress.line("checkpoint", f"{manifest.checkpoint.origin}; {manifest.checkpoint.licence}")
+    for stage, cost in result.stages.items():
+        progress.line(stage, f"{cost['seconds']:6.1f} s   peak {cost['peak_bytes'] / 1e9:.1f} GB")
+    progress.line("verify", _verification_summary(manifest.verification))
+    report["stages"] = result.stages
+    return result.bundle
+
+
+def _verification_summary(verification: Any) -> str:
+    if verification.status != "passed":
+        return "skipped (--no-verify); the manifest says so"
+    worst = {
+        kind: max(case["errors"][name]["depth"][kind] for case in verification.cases for name in case["errors"])
+        for kind in ("max", "mean")
+    }
+    bounds = verification.limits.get("depth", verification.limits["*"])
+    allowed = ", ".join(f"{kind} {bound:g}" for kind, bound in bounds.items())
+    off = f"depth off by max {worst['max']:.1e}, mean {worst['mean']:.1e}"
+    return f"{len(verification.cases)} shapes, {off} (limits: {allowed})"
+
+
+def _build_engine(
+    bundle: "Bundle",
+    builder: str,
+    ranges: tuple[str, str, str | None, str | None],
+    progress: Progress,
+    report: dict[str, Any],
+) -> "Bundle":
+    from moe3d_deploy.engines.add import add_built_engine
+
+    config = bundle.manifest.config
+    try:
+        profile = _profile(ranges, config.img_size, config.patch_size)
+        bundle, record = add_built_engine(
+            bundle, builder, profile, progress=lambda phase, step, total: progress.report("engine", step, total, phase)
+        )
+    except Moe3dError as error:
+        raise type(error)(f"{error} (the bundle {bundle.path} is complete without this engine)") from error
+    build = record.build
+    capabilities = " ".join(f"sm{capability}" for capability in record.compute_capabilities)
+    progress.line(
+        "engine",
+        f"{build['seconds']:6.1f} s   peak {build['peak_bytes'] / 1e9:.1f} GB   "
+        f"{record.builder} {record.builder_version}, {capabilities}",
+    )
+    report["engine"] = {"file": record.file, **build}
+    return bundle
+
+
+def _finish(bundle: "Bundle", report: dict[str, Any], progress: Progress, as_json: bool) -> None:
+    files = bundle.manifest.files
+    size = sum(entry.size for entry in files.values())
+    if as_json:
+        report |= {
+            "bundle": str(bundle.path),
+            "files": {name: entry.size for name, entry in files.items()},
+            "verification": {
+                "status": bundle.manifest.verification.status,
+                "cases": list(bundle.manifest.verification.cases),
+            },
+        }
+        click.echo(json.dumps(report, indent=2, sort_keys=True))
+        return
+    progress.line("bundle", f"{bundle.path}: {len(files)} files, {size / 1e6:.1f} MB")
+    click.echo(f"moe3d run {bundle.path} IMAGES... -o out")

@@ -1,0 +1,141 @@
+"""`moe3d inspect`: what is in a bundle. Reads the manifest and the digests; loads no model and needs no GPU."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import click
+
+from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.manifest import EngineRecord, Manifest, Range, Tensor, Verification
+
+_LABEL_WIDTH = 14
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: bundle, digests, manifest.")
+@click.option("--no-digest", is_flag=True, help="Check names and sizes only; a few GB take seconds to digest.")
+def inspect_command(bundle: str, as_json: bool, no_digest: bool) -> None:
+    """Show what is in BUNDLE, after checking that it is whole.
+
+    \b
+    Example:
+        moe3d inspect bundle --no-digest
+    """
+    opened = Bundle.open(bundle, verify="sizes" if no_digest else "full")
+    digests = "not checked" if no_digest else "checked"
+    if as_json:
+        document = {"bundle": bundle, "digests": digests, "manifest": json.loads(opened.manifest.to_json())}
+        click.echo(json.dumps(document, indent=2, sort_keys=True))
+        return
+    for line in report(bundle, digests, opened.manifest):
+        click.echo(_CONTROL.sub("?", line))
+
+
+def report(path: str, digests: str, manifest: Manifest) -> list[str]:
+    """The lines of the text form."""
+    config, checkpoint, prep = manifest.config, manifest.checkpoint, manifest.preprocessing
+    experts = "no experts (VGGT head)"
+    if config.moe:
+        experts = f"K = {config.moe.num_experts} experts, {'merged' if manifest.merged_experts else 'separate'}"
+    sizes = (
+        f"encoder {config.vit.depth} x {config.vit.embed_dim}, "
+        f"aggregator {config.aggregator.depth} x {config.aggregator.embed_dim}, "
+        f"patch {config.patch_size}, image size {config.img_size}"
+    )
+    ranges = manifest.shape_ranges
+    sections: list[tuple[str, list[str]]] = [
+        ("bundle", [f"{path}, digests {digests}"]),
+        ("model", [f"{manifest.name}, {experts}", sizes]),
+        ("checkpoint", [checkpoint.origin, f"sha256 {checkpoint.sha256 or 'none (no file)'}"]),
+        ("licence", [checkpoint.licence]),
+        ("precision", [f"{manifest.precision}, opset {manifest.opset}"]),
+        ("images", [f"{prep.mode} to {prep.size}, multiples of {prep.patch_size}, {prep.layout}"]),
+        ("inputs", _tensors(manifest.inputs)),
+        ("outputs", _tensors(manifest.outputs)),
+        ("shapes", [f"{name} {_range(getattr(ranges, name))}" for name in ("batch", "views", "height", "width")]),
+        ("files", _columns((name, _size(entry.size)) for name, entry in sorted(manifest.files.items()))),
+        ("engines", [line for engine in manifest.engines for line in _engine(engine)] or ["none"]),
+        ("verification", _verification(manifest.verification)),
+        ("written by", [", ".join(f"{tool} {version}" for tool, version in sorted(manifest.created_by.items()))]),
+    ]
+    return [
+        (label if first else "").ljust(_LABEL_WIDTH) + line
+        for label, lines in sections
+        for first, line in zip([True] + [False] * len(lines), lines, strict=False)
+    ]
+
+
+def _tensors(tensors: Iterable[Tensor]) -> list[str]:
+    return _columns((t.name, t.dtype, f"({', '.join(map(str, t.shape))})", t.meaning) for t in tensors)
+
+
+def _range(values: Range) -> str:
+    if values.min == values.max:
+        return str(values.min)
+    step = f" in steps of {values.step}" if values.step > 1 else ""
+    return (f"{values.min} and more" if values.max is None else f"{values.min}..{values.max}") + step
+
+
+def _engine(engine: EngineRecord) -> list[str]:
+    capabilities = ", ".join(f"{value // 10}.{value % 10}" for value in engine.compute_capabilities)
+    plugin = "needs its plugin library" if engine.plugin else "no plugin"
+    lines = [
+        engine.file,
+        f"  {engine.builder} {engine.builder_version}, {engine.precision}, compute capability {capabilities}, {plugin}",
+    ]
+    for profile in engine.profiles:
+        shapes = ("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))
+        lines.append("  profile BxSxHxW {} / {} / {} (min / opt / max)".format(*shapes))
+    return lines
+
+
+def _verification(verification: Verification) -> list[str]:
+    """The worst of all cases for every error that has a limit, and the tensor nearest to overflow."""
+    worst: dict[tuple[str, ...], float] = {}
+    for case in verification.cases:
+        for path, error in _numbers(case.get("errors")):
+            worst[path] = max(error, worst.get(path, error))
+    limits = dict(_numbers(verification.limits))
+    rows = []
+    for (stage, output, figure), error in ((path, error) for path, error in sorted(worst.items()) if len(path) == 3):
+        limit = limits.get((output, figure), limits.get(("*", figure)) if output not in verification.limits else None)
+        if limit is not None:
+            rows.append((stage, output, figure, f"{error:.2g}", f"limit {limit:.2g}"))
+    lines = [f"{verification.status}, {len(verification.cases)} cases", *_columns(rows)]
+    if largest := dict(_numbers(verification.headroom.get("largest"))):
+        path = max(largest, key=lambda key: largest[key])
+        limit = dict(_numbers(verification.headroom)).get(("limit",))
+        bound = "" if limit is None else f", limit {limit:.2g}"
+        lines.append(f"largest share of the 16-bit range: {largest[path]:.2g} in {'.'.join(path)}{bound}")
+    return lines
+
+
+def _numbers(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers in nested objects with the keys that lead to them; whatever else there is, is passed over."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, (*path, key))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))] if table else []
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _size(count: int) -> str:
+    """A file size in decimal units, as disks and networks count."""
+    if count < 1000:
+        return f"{count} B"
+    value = count / 1000
+    for unit in ("kB", "MB", "GB"):
+        if value < 999.95:
+            return f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

@@ -1,0 +1,140 @@
+"""The whole model: images in, depth, confidence and cameras out."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.model.aggregator import Aggregator
+from moe3d_deploy.model.camera import CameraHead, cameras_from_pose, unproject
+from moe3d_deploy.model.dpt import DptHead, Grid, activate_depth, activate_points
+from moe3d_deploy.model.experts import gate_entropy, mixture_variance
+
+ALWAYS = ("depth", "depth_conf", "extrinsics", "intrinsics", "pose_enc")
+OF_POINT_HEAD = ("point_map", "point_map_conf")
+OF_EXPERTS = ("expert_weights", "expert_depths", "expert_entropy", "depth_variance")
+ON_REQUEST = ("world_points", *OF_POINT_HEAD, *OF_EXPERTS)
+
+
+class MoE3D(nn.Module):
+    """VGGT, with the MoE3D expert head where `config.moe` says so."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.aggregator = Aggregator(config)
+        self.camera_head = CameraHead(config.camera_head)
+        if config.point_head:
+            self.point_head = DptHead(config.dpt_head, config.patch_size, 4, None)
+        self.depth_head = DptHead(config.dpt_head, config.patch_size, 2, config.moe)
+
+    def forward(
+        self, images: Tensor, *, outputs: Sequence[str] = (), view_chunk: int | None = None
+    ) -> dict[str, Tensor]:
+        """Depth and cameras of every view of every scene.
+
+        images      (B, S, 3, H, W) or (S, 3, H, W), float in [0, 1], RGB; H and W multiples of the patch size
+        outputs     what to add to `depth, depth_conf (B,S,H,W), pose_enc (B,S,9), extrinsics (B,S,3,4),
+                    intrinsics (B,S,3,3)`: names of ON_REQUEST
+        view_chunk  run the dense heads on this many views at a time: the same result, less memory
+        """
+        if images.dim() == 4:
+            images = images[None]
+        self._check(images, outputs)
+        grid = self._grid(images)
+        batch, views = images.shape[:2]
+        needed = {*self.config.dpt_head.intermediate_layer_idx, self.config.aggregator.depth - 1}
+        tokens = self.aggregator(self.aggregator.encode(images), *grid, keep=needed)
+
+        result = self._cameras(tokens[self.config.aggregator.depth - 1][:, :, 0], images)
+        levels = [
+            tokens[i][:, :, self.aggregator.patch_start :].flatten(0, 1)
+            for i in self.config.dpt_head.intermediate_layer_idx
+        ]
+        del tokens
+        chunks = [self._dense(part, grid, outputs) for part in _chunks(levels, view_chunk)]
+        for name in list(chunks[0]):
+            parts = [chunk.pop(name) for chunk in chunks]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            result[name] = whole.unflatten(0, (batch, views))
+        if "world_points" in outputs:
+            result["world_points"] = unproject(result["depth"], result["extrinsics"], result["intrinsics"])
+        return result
+
+    def features(self, images: Tensor) -> dict[str, Any]:
+        """`patch_tokens` (B, S, P, C) of the encoder and `aggregated`, every aggregator output (B, S, T, 2C)."""
+        if images.dim() == 4:
+            images = images[None]
+        self._check(images, ())
+        patch_tokens = self.aggregator.encode(images)
+        depth = self.config.aggregator.depth
+        kept = self.aggregator(patch_tokens, *self._grid(images), keep=range(depth))
+        return {"patch_tokens": patch_tokens, "aggregated": [kept[i] for i in range(depth)]}
+
+    def _cameras(self, camera_tokens_BSD: Tensor, images: Tensor) -> dict[str, Tensor]:
+        pose = self.camera_head(camera_tokens_BSD)[-1]
+        extrinsics, intrinsics = cameras_from_pose(pose, images.shape[-2], images.shape[-1])
+        return {"pose_enc": pose, "extrinsics": extrinsics, "intrinsics": intrinsics}
+
+    def _dense(self, levels: list[Tensor], grid: Grid, outputs: Collection[str]) -> dict[str, Tensor]:
+        """Per-pixel outputs of some views, the views along the first axis."""
+        result: dict[str, Tensor] = {}
+        features = self.depth_head.features(levels, grid)
+        if self.config.moe is None:
+            result["depth"], result["depth_conf"] = activate_depth(self.depth_head.raw(features))
+        else:
+            mixture = self.depth_head.mixture(features)
+            result["depth"], result["depth_conf"] = mixture.depth, mixture.confidence
+            if "expert_weights" in outputs:
+                result["expert_weights"] = mixture.weights
+            if "expert_depths" in outputs:
+                result["expert_depths"] = mixture.candidates
+            if "expert_entropy" in outputs:
+                result["expert_entropy"] = gate_entropy(mixture.weights)
+            if "depth_variance" in outputs:
+                result["depth_variance"] = mixture_variance(mixture)
+        del features
+        if not set(OF_POINT_HEAD).isdisjoint(outputs):
+            points, confidence = activate_points(self.point_head.raw(self.point_head.features(levels, grid)))
+            asked = {"point_map": points, "point_map_conf": confidence}
+            result |= {name: value for name, value in asked.items() if name in outputs}
+        return result
+
+    def _grid(self, images: Tensor) -> Grid:
+        patch = self.config.patch_size
+        return Grid(images.shape[-2] // patch, images.shape[-1] // patch)
+
+    def _check(self, images: Tensor, outputs: Sequence[str]) -> None:
+        if images.dim() != 5 or images.shape[2] != 3:
+            raise InputError(f"images: expected (B, S, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise InputError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255 first")
+        patch = self.config.patch_size
+        if images.shape[-2] % patch or images.shape[-1] % patch:
+            height, width = images.shape[-2:]
+            raise InputError(f"images: {width}x{height} is not a multiple of {patch} on both sides; resize them")
+        check_outputs(self.config, outputs)
+
+
+def check_outputs(config: ModelConfig, outputs: Sequence[str]) -> None:
+    """Raise InputError for an output that does not exist or that this model has no head for."""
+    for name in outputs:
+        if name not in ON_REQUEST and name not in ALWAYS:
+            raise InputError(f"output {name!r} is unknown; choose from {', '.join((*ALWAYS, *ON_REQUEST))}")
+        if name in OF_EXPERTS and config.moe is None:
+            raise InputError(f"output {name!r} needs experts; this model has none (moe is null)")
+        if name in OF_POINT_HEAD and not config.point_head:
+            raise InputError(f"output {name!r} needs the point head; this model has none")
+
+
+def _chunks(levels: list[Tensor], size: int | None) -> Iterator[list[Tensor]]:
+    if size is None:
+        yield levels
+        return
+    if size < 1:
+        raise InputError(f"view_chunk must be at least 1, got {size}")
+    for start in range(0, levels[0].shape[0], size):
+        yield [level[start : start + size] for level in levels]

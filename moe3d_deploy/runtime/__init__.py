@@ -1,0 +1,1 @@
+"""Sessions over bundles and checkpoints, and writers for what they return."""

@@ -1,0 +1,44 @@
+"""An ONNX file in ONNX Runtime on the CPU."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe3d_deploy.errors import BundleError, MissingExtraError, Moe3dError
+
+_SEVERITY_ERROR = 3  # of onnxruntime's logger
+
+
+class OnnxBackend:
+    """A session over one ONNX file of the contract."""
+
+    def __init__(self, model: Path, *, threads: int | None = None) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "cpu") from error
+        options = ort.SessionOptions()
+        options.log_severity_level = _SEVERITY_ERROR
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BundleError(f"{model}: ONNX Runtime {ort.__version__} cannot load it: {_gist(error)}") from error
+        self.output_names = [output.name for output in self._session.get_outputs()]
+
+    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """images (B, S, 3, H, W) float32 -> every output of the file by name."""
+        try:
+            arrays = self._session.run(None, {"images": images})
+        except Exception as error:
+            shape = "x".join(map(str, images.shape))
+            raise Moe3dError(f"ONNX Runtime failed on images {shape}: {_gist(error)}; try fewer views") from error
+        return dict(zip(self.output_names, arrays, strict=True))
+
+
+def _gist(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

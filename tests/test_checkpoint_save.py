@@ -1,0 +1,127 @@
+"""Saving checkpoints: what is written opens as what it was, and a failure leaves what was there."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe3d_deploy.checkpoint import (
+    WeightSource,
+    convert_to_moe,
+    load_model,
+    open_checkpoint,
+    save_checkpoint,
+    seeded_source,
+)
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.errors import CheckpointError
+
+NORM = "camera_head.token_norm.weight"
+
+
+@pytest.fixture(scope="module")
+def small(data_dir: Path) -> WeightSource:
+    """Seeded weights of the golden files' model."""
+    config = json.loads(str(np.load(data_dir / "golden_tiny_1x2x3x56x56.npz")["config"]))
+    return seeded_source("small", ModelConfig.from_dict(config))
+
+
+@pytest.fixture
+def folder(small: WeightSource, tmp_path: Path) -> Path:
+    """A checkpoint folder of `small`."""
+    save_checkpoint(small, tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_saved_checkpoint_opens_as_what_it_was(small: WeightSource, tmp_path: Path, dtype: torch.dtype) -> None:
+    save_checkpoint(small, tmp_path / "copy", dtype=dtype)
+    copy = open_checkpoint(tmp_path / "copy")
+
+    assert (copy.config, copy.name) == (small.config, "copy")
+    assert (copy.licence, copy.origin) == (small.licence, small.origin)
+    assert list(copy.shapes().items()) == list(small.shapes().items())
+    assert all(torch.equal(copy.tensor(name), small.tensor(name).to(dtype)) for name in small.shapes())
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_load_as_float32(small: WeightSource, folder: Path, dtype: torch.dtype) -> None:
+    save_checkpoint(small, folder, dtype=dtype, overwrite=True)
+    source = open_checkpoint(folder)
+
+    assert source.tensor(NORM).dtype == dtype
+    assert torch.equal(load_model(source).state_dict()[NORM], small.tensor(NORM).to(dtype).float())
+
+
+def test_the_digest_is_that_of_the_weights_file(folder: Path) -> None:
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes())
+
+    assert open_checkpoint(folder).sha256() == digest.hexdigest()
+
+
+def test_a_checkpoint_is_replaced_only_when_asked(small: WeightSource, folder: Path) -> None:
+    other = seeded_source("other", small.config, seed=1)
+
+    with pytest.raises(CheckpointError, match=r"config\.json exists already; choose another folder or ask to"):
+        save_checkpoint(other, folder)
+    assert torch.equal(open_checkpoint(folder).tensor(NORM), small.tensor(NORM))
+    save_checkpoint(other, folder, overwrite=True)
+    assert torch.equal(open_checkpoint(folder).tensor(NORM), other.tensor(NORM))
+
+
+def test_a_checkpoint_can_be_written_over_its_own_source(small: WeightSource, folder: Path) -> None:
+    save_checkpoint(open_checkpoint(folder), folder, dtype=torch.float16, overwrite=True)
+
+    assert torch.equal(open_checkpoint(folder).tensor(NORM), small.tensor(NORM).half())
+
+
+def test_values_beyond_the_dtype_are_refused(small: WeightSource, folder: Path) -> None:
+    noisy = convert_to_moe(small, noise=1e9)
+
+    with pytest.raises(CheckpointError, match=r"'depth_head\.experts\.0\.0\.weight' reaches .*, too large for"):
+        save_checkpoint(noisy, folder, dtype=torch.float16, overwrite=True)
+    assert open_checkpoint(folder).config.moe is None
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(small: WeightSource, folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(count: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(small, folder, overwrite=True, progress=full_disk)
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_save_stopped_between_its_two_files_leaves_no_config_of_other_weights(
+    small: WeightSource, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def stop_before_config(source: Path, target: Path) -> None:
+        if target.name == "config.json":
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_before_config)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_checkpoint(small, folder, overwrite=True)
+
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        open_checkpoint(folder)
+
+
+def test_progress_adds_up_to_the_number_of_values(small: WeightSource, tmp_path: Path) -> None:
+    counts: list[int] = []
+    save_checkpoint(small, tmp_path, progress=counts.append)
+
+    assert sum(counts) == sum(math.prod(shape) for shape in small.shapes().values())
+    assert len(counts) == len(small.shapes())
