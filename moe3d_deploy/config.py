@@ -4,7 +4,6 @@ The JSON form is that of a checkpoint's `config.json`. Nothing here touches weig
 """
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from moe3d_deploy.errors import InputError
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; the graph normalises, not its user
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+_LARGEST_NUMBER = 1e12  # beyond any size; also keeps NaN, inf and integers too long for a float out
 
 _T = TypeVar("_T")
 
@@ -137,7 +138,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint in (int, float) and is_number and math.isfinite(value) and hint(value) == value:
+    if hint in (int, float) and is_number and abs(value) < _LARGEST_NUMBER and hint(value) == value:
         return hint(value)
     raise InputError(f"{where}: expected {hint.__name__}, got {value!r}")
 

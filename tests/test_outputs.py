@@ -74,7 +74,7 @@ def test_every_file_of_a_scene_is_written_and_listed(result: Arrays, batch: Imag
     written = write_scene(result, batch, out)
     kinds = ("depth", "depth_color", "conf", "experts", "entropy")
     expected = {f"{index:03d}_left_{kind}.png" for index in range(2) for kind in kinds}
-    expected |= {"points.glb", "points.ply", "scene.npz", "cameras.json"}
+    expected |= {"points.glb", "points.ply", "scene.npz", "overview.png", "cameras.json"}
     assert {path.name for path in out.iterdir()} == expected
     assert sorted(written) == sorted(out.iterdir())
     assert written[-1].name == "cameras.json"
@@ -224,7 +224,7 @@ def test_point_files_have_the_pixels_colors_and_drop_what_was_asked(
 def test_odd_view_names_stay_in_the_folder(result: Arrays, batch: ImageBatch, tmp_path: Path, name: str) -> None:
     odd = ImageBatch(batch.images, tuple(type(view)(**{**view.to_dict(), "name": name}) for view in batch.views))
     written = write_scene(result, odd, tmp_path / "out", formats=["png"])
-    assert len(written) == 11
+    assert len(written) == 12
     assert all(path.parent == tmp_path / "out" and path.is_file() for path in written)
 
 

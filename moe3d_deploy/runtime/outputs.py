@@ -14,6 +14,7 @@ from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_path, atomic_write
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.colormaps import colorize, expert_map, inverse_depth, robust_range
+from moe3d_deploy.runtime.overview import overview
 from moe3d_deploy.runtime.pointcloud import check_scene, point_cloud, valid_pixels, write_glb, write_ply
 
 FORMATS = ("png", "npz", "ply", "glb")
@@ -39,7 +40,7 @@ def write_scene(
 
     png   per view <index>_<stem>_depth.png (16 bit, depth = value * depth_png_scale, 0 invalid), _depth_color.png
           (colours of 1 / depth: near is warm), _conf.png and, where the result has them, _experts.png and _entropy.png;
-          one depth scale and one colour range for all views; padding is 0 or black
+          one depth scale and one colour range for all views; padding is 0 or black; overview.png shows them together
     npz   scene.npz with every array of the result, padding included
     ply, glb   points.ply, points.glb without the `drop_lowest` fraction of lowest confidence (see `point_cloud`)
 
@@ -88,13 +89,18 @@ def _write_files(
     ranges = _color_ranges(arrays, masks, valid)
     pictures: list[dict[str, Path]] = [{} for _ in batch.views]
     if "png" in formats:
+        rows = []
         for index, view in enumerate(batch.views):
             one_view = {name: array[index] for name, array in arrays.items() if name in _MAPS}
-            for kind, picture in _pictures(one_view, masks[index], valid[index], scale, ranges).items():
+            maps = _pictures(one_view, masks[index], valid[index], scale, ranges)
+            rows.append({"photograph": _photograph(batch.images[index]), **_titled(maps)})
+            for kind, picture in maps.items():
                 path = folder / f"{index:03d}_{_stem(view.name)}_{kind}.png"
                 atomic_write(path, _encode_png(picture, path))
                 pictures[index][kind] = path
                 written.append(path)
+        written.append(folder / "overview.png")
+        atomic_write(written[-1], _encode_png(overview(rows), written[-1]))
 
     document = {
         "format_version": CAMERAS_FORMAT_VERSION,
@@ -120,6 +126,21 @@ def _write_files(
 
 
 _MAPS = ("depth", "depth_conf", "expert_weights", "expert_entropy")
+_TITLES = {
+    "depth_color": "1 / depth",
+    "conf": "confidence",
+    "experts": "strongest expert",
+    "entropy": "gate entropy",
+}
+
+
+def _photograph(image: np.ndarray) -> np.ndarray:
+    """A network input (3, H, W) in [0, 1] as (H, W, 3) uint8 RGB."""
+    return np.rint(image.transpose(1, 2, 0) * 255).astype(np.uint8)
+
+
+def _titled(maps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {title: maps[kind] for kind, title in _TITLES.items() if kind in maps}
 
 
 def _check_experts(arrays: dict[str, np.ndarray], views: int, height: int, width: int) -> None:
