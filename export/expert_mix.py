@@ -106,8 +106,7 @@ def expert_mix_function(shape: ExpertMixShape, opset: int) -> onnx.FunctionProto
     op("Split", ["activated", "one_each"], ["depths_2d", "confidences_2d"], axis=2)
     constant("pair_axis", [2])
     op("Squeeze", ["depths_2d", "pair_axis"], "depths")
-    op("Squeeze", ["confidences_2d", "pair_axis"], "exp_confidences")
-    op("Add", ["exp_confidences", "one"], "confidences")
+    op("Squeeze", ["confidences_2d", "pair_axis"], "confidences")
 
     # Gate: (K, Cg) @ (N, Cg, HW) + (K, 1), softmax over K
     constant("gate_shape", [0, gate_width, -1])
@@ -122,10 +121,12 @@ def expert_mix_function(shape: ExpertMixShape, opset: int) -> onnx.FunctionProto
     constant("pick_map", [0, 2, 3])
     op("Gather", ["shape", "pick_map"], "map_shape")
     constant("expert_axis", [1])
-    for values, output in (("depths", "depth"), ("confidences", "confidence")):
+    for values in ("depths", "confidences"):
         op("Mul", ["weights_flat", values], f"weighted_{values}")
-        op("ReduceSum", [f"weighted_{values}", "expert_axis"], f"{output}_flat", keepdims=0)
-        op("Reshape", [f"{output}_flat", "map_shape"], output)
+        op("ReduceSum", [f"weighted_{values}", "expert_axis"], f"mixed_{values}", keepdims=0)
+    op("Add", ["mixed_confidences", "one"], "at_least_one")  # after the sum: the weights add up to 1 but for rounding
+    op("Reshape", ["mixed_depths", "map_shape"], "depth")
+    op("Reshape", ["at_least_one", "map_shape"], "confidence")
     if shape.with_weights:
         constant("experts_count", [k])
         constant("pick_count", [0])

@@ -27,7 +27,8 @@ _PRODUCTS = {
 class SixteenBitRun(TorchDispatchMode):
     """While active, rounds products as described and keeps the largest |x| per 16-bit tensor of `model`.
 
-    `largest` maps "module path: operation" to that value; a non-finite result is recorded as inf.
+    `largest` maps "module path: operation" to that value; a non-finite result is recorded as inf. An operation of no
+    submodule is named "after module path", the one that ended last.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -35,6 +36,7 @@ class SixteenBitRun(TorchDispatchMode):
         self.largest: dict[str, float] = {}
         self._model = model
         self._path: list[str] = []
+        self._ended = ""
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "SixteenBitRun":
@@ -58,7 +60,8 @@ class SixteenBitRun(TorchDispatchMode):
             result = func(*args, **kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(tensor, Tensor) and tensor.dtype in _SIXTEEN_BIT and tensor.numel():
-                self._record(f"{self._path[-1] if self._path else ''}: {func.overloadpacket.__name__}", tensor)
+                path = (self._path and self._path[-1]) or f"after {self._ended or 'the start'}"
+                self._record(f"{path}: {func.overloadpacket.__name__}", tensor)
         return result
 
     def _record(self, key: str, tensor: Tensor) -> None:
@@ -69,7 +72,7 @@ class SixteenBitRun(TorchDispatchMode):
         self.largest[key] = max(largest, self.largest.get(key, 0.0))
 
     def _leave(self) -> None:
-        self._path.pop()
+        self._ended = self._path.pop()
 
 
 def _widen(value: Any) -> Any:

@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe3d_deploy import __version__
 from moe3d_deploy.bundle import Bundle, BundleWriter
 from moe3d_deploy.child import ChildResult, Emit, run_in_child
 from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.errors import ExportError
+from moe3d_deploy.errors import ExportError, MissingExtraError
 from moe3d_deploy.export import verify
 from moe3d_deploy.export.compare import Limits
 from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
@@ -53,6 +54,7 @@ def export_bundle(
     Whatever fails, nothing is left at `path`. Raises CheckpointError and InputError before work begins, ExportError
     when the model cannot be exported or the file does not compute what PyTorch does.
     """
+    require_packages(options.verify)
     tell = on_event or (lambda event: None)
     stages: dict[str, dict[str, float]] = {}
 
@@ -78,12 +80,20 @@ def export_bundle(
         config = ModelConfig.from_dict(facts["config"])
         verification = Verification("skipped", limits=Limits.of(options.policy.precision).errors)
         if options.verify:
-            with tempfile.TemporaryDirectory(prefix="moe3d-verify-") as folder:
+            with tempfile.TemporaryDirectory(prefix=".verify-", dir=writer.folder) as folder:
                 verification = _verify(request, options, config, Path(folder), writer.folder / MODEL_FILE, run)
         tell({"stage": "bundle", "step": 0, "total": 1, "detail": ""})
         bundle = writer.commit(_manifest(facts, config, options, verification))
         tell({"stage": "bundle", "step": 1, "total": 1, "detail": ""})
     return ExportReport(bundle, stages)
+
+
+def require_packages(verify: bool) -> None:
+    """Raise MissingExtraError for a package that the export needs and that is not installed."""
+    needed = {"torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export"}
+    for package, extra in (needed | ({"onnxruntime": "cpu"} if verify else {})).items():
+        if find_spec(package) is None:
+            raise MissingExtraError(package, extra)
 
 
 def _verify(

@@ -18,8 +18,8 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 
 Shape = tuple[int, int, int, int]
 
-# (B, S, rows, columns) in patches. One patch; one view; scenes and views that differ; odd S; more views than the
-# reference's chunk of 8; 518x154 and 518x378, the sizes MoE3D was trained at, for a patch of 14.
+# (B, S, rows, columns) in patches. One patch; one view; several scenes; odd S; more views than the chunk of 8 that
+# VGGT runs its heads in; for a patch of 14, 518x154 pixels, which MoE3D was trained at.
 SHAPES_IN_PATCHES: tuple[Shape, ...] = (
     (1, 1, 1, 1),
     (1, 1, 6, 5),
@@ -28,7 +28,6 @@ SHAPES_IN_PATCHES: tuple[Shape, ...] = (
     (1, 9, 2, 3),
     (1, 2, 11, 37),
 )
-LARGE_SHAPE_IN_PATCHES: Shape = (1, 1, 27, 37)
 
 _HEADROOM_ROWS = 10  # how many of the tensors nearest to overflow the report names
 

@@ -141,7 +141,7 @@ def _main() -> None:
         send({"error": str(error), "kind": type(error).__name__})
     except MemoryError:
         message = f"{name} ran out of memory: use fewer views or a smaller size"
-        send({"error": message, "kind": Moe3dError.__name__})
+        send({"error": message, "kind": MemoryError.__name__})
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,9 +1,14 @@
 """What all tests share: where the golden files lie, and what this machine cannot run."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported. Its threads otherwise spin while they wait for each other; on a machine that is busy with
+# something else, that makes small models 20 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.cli.progress import Progress
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.engines.add import add_built_engine
+from moe3d_deploy.engines.build import resolve_builder
+from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, Moe3dError
-from moe3d_deploy.manifest import MANIFEST_NAME
+from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
+from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.manifest import MANIFEST_NAME, Verification
 
-if TYPE_CHECKING:
-    from moe3d_deploy.bundle import Bundle
-    from moe3d_deploy.engines.shapes import ShapeProfile
+Ranges = tuple[str, str, str | None, str | None]
+"""--batch, --views, --height and --width as given."""
 
 
 @click.command("export", short_help="Export a preset, checkpoint or bundle to a verified bundle")
@@ -61,8 +68,6 @@ def export_command(
     moe3d-export moe3d-tiny -o bundle --precision fp16 --views 1:2:4
     moe3d-export bundle --views 8 --height 392 --width 518
     """
-    from moe3d_deploy.bundle import Bundle
-
     progress = Progress()
     ranges = (batch, views, height, width)
     report: dict[str, Any] = {}
@@ -75,66 +80,43 @@ def export_command(
     else:
         if output is None:
             raise InputError("-o is missing: name the bundle folder to write")
-        _check_builder_and_shapes(builder, ranges, source)
-        bundle = _export(
-            source, output, precision, fp32_heads, outputs, no_merge, no_verify, seed, allow_pickle, overwrite,
-            progress, report,
-        )  # fmt: skip
+        spec = SourceSpec(source, seed, allow_pickle)
+        options = ExportOptions(
+            policy=PrecisionPolicy(precision, half_heads=not fp32_heads),
+            merge=not no_merge,
+            outputs=tuple(name for name in outputs.split(",") if name),
+            verify=not no_verify,
+        )
+        _check_before_work(builder, ranges, spec)
+        bundle = _export(spec, output, options, overwrite, progress, report)
     if builder != "none":
         bundle = _build_engine(bundle, builder, ranges, progress, report)
     _finish(bundle, report, progress, as_json)
 
 
-def _check_builder_and_shapes(builder: str, ranges: tuple[str, str, str | None, str | None], source: str) -> None:
-    """Fail before minutes of work, not after."""
-    from moe3d_deploy.config import PRESETS
-
+def _check_before_work(builder: str, ranges: Ranges, spec: SourceSpec) -> None:
+    """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the engine's shapes."""
+    require_packages(verify=False)
+    config = spec.open().config
     if builder != "none":
-        from moe3d_deploy.engines.build import resolve_builder
-
         try:
             resolve_builder(builder)
         except EngineError as error:
             raise EngineError(f"{error}; or export without an engine: --builder none") from error
-        config = PRESETS.get(source, PRESETS["moe3d-1b"])
-        _profile(ranges, config.img_size, config.patch_size)
+        _profile(ranges, config)
 
 
-def _profile(ranges: tuple[str, str, str | None, str | None], img_size: int, patch_size: int) -> "ShapeProfile":
-    from moe3d_deploy.engines.shapes import ShapeProfile
-
+def _profile(ranges: Ranges, config: ModelConfig) -> ShapeProfile:
     batch, views, height, width = ranges
-    smallest = min(10 * patch_size, img_size)
-    sides = f"{smallest}:{img_size}:{img_size}"
-    return ShapeProfile.from_ranges(batch, views, height or sides, width or sides, patch_size)
+    sides = f"{min(10 * config.patch_size, config.img_size)}:{config.img_size}"
+    return ShapeProfile.from_ranges(batch, views, height or sides, width or sides, config.patch_size)
 
 
 def _export(
-    source: str,
-    output: Path,
-    precision: str,
-    fp32_heads: bool,
-    outputs: str,
-    no_merge: bool,
-    no_verify: bool,
-    seed: int,
-    allow_pickle: bool,
-    overwrite: bool,
-    progress: Progress,
-    report: dict[str, Any],
-) -> "Bundle":
-    from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
-    from moe3d_deploy.export.precision import PrecisionPolicy
-    from moe3d_deploy.export.source import SourceSpec
-
-    options = ExportOptions(
-        policy=PrecisionPolicy(precision, half_heads=not fp32_heads),
-        merge=not no_merge,
-        outputs=tuple(name for name in outputs.split(",") if name),
-        verify=not no_verify,
-    )
+    spec: SourceSpec, output: Path, options: ExportOptions, overwrite: bool, progress: Progress, report: dict[str, Any]
+) -> Bundle:
     result = export_bundle(
-        SourceSpec(source, seed, allow_pickle),
+        spec,
         output,
         options,
         overwrite=overwrite,
@@ -149,7 +131,7 @@ def _export(
     return result.bundle
 
 
-def _verification_summary(verification: Any) -> str:
+def _verification_summary(verification: Verification) -> str:
     if verification.status != "passed":
         return "skipped (--no-verify); the manifest says so"
     worst = {
@@ -162,23 +144,15 @@ def _verification_summary(verification: Any) -> str:
     return f"{len(verification.cases)} shapes, {off} (limits: {allowed})"
 
 
-def _build_engine(
-    bundle: "Bundle",
-    builder: str,
-    ranges: tuple[str, str, str | None, str | None],
-    progress: Progress,
-    report: dict[str, Any],
-) -> "Bundle":
-    from moe3d_deploy.engines.add import add_built_engine
-
-    config = bundle.manifest.config
+def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progress, report: dict[str, Any]) -> Bundle:
     try:
-        profile = _profile(ranges, config.img_size, config.patch_size)
+        profile = _profile(ranges, bundle.manifest.config)
         bundle, record = add_built_engine(
             bundle, builder, profile, progress=lambda phase, step, total: progress.report("engine", step, total, phase)
         )
-    except Moe3dError as error:
-        raise type(error)(f"{error} (the bundle {bundle.path} is complete without this engine)") from error
+    except (Moe3dError, KeyboardInterrupt):
+        progress.line("bundle", f"{bundle.path} is complete, without this engine")
+        raise
     build = record.build
     capabilities = " ".join(f"sm{capability}" for capability in record.compute_capabilities)
     progress.line(
@@ -190,7 +164,7 @@ def _build_engine(
     return bundle
 
 
-def _finish(bundle: "Bundle", report: dict[str, Any], progress: Progress, as_json: bool) -> None:
+def _finish(bundle: Bundle, report: dict[str, Any], progress: Progress, as_json: bool) -> None:
     files = bundle.manifest.files
     size = sum(entry.size for entry in files.values())
     if as_json:

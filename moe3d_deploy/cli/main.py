@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 import click
 
 from moe3d_deploy import __version__
-from moe3d_deploy.errors import Moe3dError
+from moe3d_deploy.errors import MissingExtraError, Moe3dError
+
+# Which extra brings a package that a sub-command may find missing.
+EXTRA_OF = {"torch": "export", "safetensors": "export", "onnx": "export", "onnxruntime": "cpu"}
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _INTERNAL_MESSAGE_CHARACTERS = 500  # ONNX and TensorRT can write pages
@@ -135,6 +138,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130  # 128 + SIGINT, as shells have it
     if isinstance(error, click.Abort):
         return "aborted", 1
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
+        return str(MissingExtraError(error.name, EXTRA_OF[error.name])), MissingExtraError.exit_code
     if isinstance(error, MemoryError):
         detail = f" ({error})" if str(error) else ""
         return f"out of memory{detail}; use fewer views, smaller images or a machine with more memory", 1

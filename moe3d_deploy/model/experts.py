@@ -34,12 +34,15 @@ def branch(channels: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def mix(raw_NK2HW: Tensor, logits_NKHW: Tensor, temperature: float) -> Mixture:
-    """Mix the experts' raw outputs (log depth, log of confidence - 1). The mix is of activated values."""
+    """Mix the experts' raw outputs (log depth, log of confidence - 1). The mix is of activated values.
+
+    The 1 of a confidence stays outside the sum: the weights sum to 1 only up to rounding, and no confidence is below 1.
+    """
     raw, logits = _at_least_float32(raw_NK2HW), _at_least_float32(logits_NKHW)
     weights = (logits / temperature).softmax(dim=1)
     candidates = raw[:, :, 0].exp()
-    confidences = 1 + raw[:, :, 1].exp()
-    return Mixture((weights * candidates).sum(1), (weights * confidences).sum(1), weights, candidates)
+    confidence = 1 + (weights * raw[:, :, 1].exp()).sum(1)
+    return Mixture((weights * candidates).sum(1), confidence, weights, candidates)
 
 
 def expert_mix(

@@ -44,6 +44,8 @@ class MoE3D(nn.Module):
         if images.dim() == 4:
             images = images[None]
         self._check(images, outputs)
+        if view_chunk is not None and view_chunk < 1:
+            raise InputError(f"view_chunk must be at least 1, got {view_chunk}")
         grid = self._grid(images)
         batch, views = images.shape[:2]
         needed = {*self.config.dpt_head.intermediate_layer_idx, self.config.aggregator.depth - 1}
@@ -113,6 +115,9 @@ class MoE3D(nn.Module):
         if not images.is_floating_point():
             raise InputError(f"images: expected floats in [0, 1], got {images.dtype}; divide by 255 first")
         patch = self.config.patch_size
+        if 0 in images.shape:
+            least = f"at least one view of at least {patch}x{patch}"
+            raise InputError(f"images: {tuple(images.shape)} holds no pixel; pass {least}")
         if images.shape[-2] % patch or images.shape[-1] % patch:
             height, width = images.shape[-2:]
             raise InputError(f"images: {width}x{height} is not a multiple of {patch} on both sides; resize them")
@@ -134,7 +139,5 @@ def _chunks(levels: list[Tensor], size: int | None) -> Iterator[list[Tensor]]:
     if size is None:
         yield levels
         return
-    if size < 1:
-        raise InputError(f"view_chunk must be at least 1, got {size}")
     for start in range(0, levels[0].shape[0], size):
         yield [level[start : start + size] for level in levels]

@@ -22,6 +22,8 @@ class OnnxBackend:
             raise MissingExtraError("onnxruntime", "cpu") from error
         options = ort.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
+        # A second, rearranged copy of the weights: for moe3d-1b 1.8 GB and 9 s of 21 s to load, no gain in latency.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
