@@ -7,6 +7,7 @@ import dataclasses
 import os
 import platform
 import re
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -106,13 +107,13 @@ def resolve_builder(builder: str = "auto") -> str:
 
 def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """The other side of `build`: write the plan, return the record without precision and wall time."""
-    # signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing here is worth a slow goodbye
-    onnx_path, out_path = Path(request["onnx_path"]), Path(request["out_path"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing here is worth a slow goodbye
     profile = ShapeProfile.from_dict(request["profile"], request["patch_size"])
     capabilities = request["compute_capabilities"]
     with _Reporter(emit) as reporter:
         engine = trt.build_engine(
-            onnx_path,
+            Path(request["onnx_path"]),
+            Path(request["out_path"]),
             profile,
             builder=request["builder"],
             compute_capabilities=capabilities and [tuple(pair) for pair in capabilities],
@@ -120,17 +121,6 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             workspace_bytes=request["workspace_bytes"],
             tf32=request["tf32"],
         )
-        reporter.progress("Writing the engine", 0, 1)
-        try:
-            with out_path.open("wb") as file:
-                file.write(engine.plan)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise EngineError(
-                f"{out_path}: {error.strerror}; the engine has {engine.plan.nbytes / 1e6:.0f} MB"
-            ) from None
-        reporter.progress("Writing the engine", 1, 1)
     return {
         "builder": engine.builder,
         "builder_version": engine.builder_version,
@@ -148,7 +138,7 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "build": {
             "parse_seconds": round(engine.parse_seconds, 3),
             "build_seconds": round(engine.build_seconds, 3),
-            "plan_bytes": engine.plan.nbytes,
+            "plan_bytes": engine.plan_bytes,
             "host_cpu": _cpu_name(),
         },
     }

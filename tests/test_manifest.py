@@ -223,7 +223,7 @@ def test_every_key_is_required_and_no_other_is_known_at_any_level() -> None:
         ("model_config", {"img_size": 0}, "model_config: model config: img_size must be positive"),
         ("model_config", {"colour": 1}, "unknown key 'colour'"),
         ("checkpoint.sha256", "ABC", "checkpoint.sha256 must be 64 lower-case hex digits"),
-        ("checkpoint.origin", "/home/me/model.pt", "checkpoint.origin must be a base name"),
+        ("checkpoint.origin", "/data/model.pt", "checkpoint.origin must be a base name"),
         ("checkpoint.origin", "C:\\model.pt", "checkpoint.origin must be a base name"),
         ("preprocessing.mean", [0, 0], "preprocessing.mean must have 3 entries, not 2"),
         ("preprocessing.mean", [0, 0, "0"], "preprocessing.mean[2] must be float"),

@@ -1,0 +1,28 @@
+"""TensorRT and TensorRT-RTX through Polygraphy: what is installed, build an engine from an ONNX file, run an engine.
+
+The only package that imports tensorrt, tensorrt_rtx or polygraphy, and importing it imports none of them. Precision is
+the graph's: networks are strongly typed on both builders and no flag changes a type. Plugins are not registered here;
+TensorRT-RTX aborts the process when one is.
+"""
+
+from moe3d_deploy.trt.builder import BuiltEngine, build_engine
+from moe3d_deploy.trt.library import RTX_CAPABILITIES, Capability, available, load, require, title, visible_gpus
+from moe3d_deploy.trt.network import ImageProfile, NetworkFacts
+from moe3d_deploy.trt.runner import EngineRunner
+from moe3d_deploy.trt.watch import Progress
+
+__all__ = [
+    "RTX_CAPABILITIES",
+    "BuiltEngine",
+    "Capability",
+    "EngineRunner",
+    "ImageProfile",
+    "NetworkFacts",
+    "Progress",
+    "available",
+    "build_engine",
+    "load",
+    "require",
+    "title",
+    "visible_gpus",
+]

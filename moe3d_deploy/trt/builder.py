@@ -1,0 +1,236 @@
+"""Build an engine from an ONNX file in this process, streamed to the disk as the builder hands it out."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.trt import library
+from moe3d_deploy.trt.library import Capability
+from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, input_shapes, network_facts, parse
+from moe3d_deploy.trt.watch import Messages, Progress, Watch, one_line, reason
+
+_PARSING = "Parsing the model"
+_WRITING = "Writing the engine"
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What is known of an engine that was built.
+
+    plan_bytes               size of the file
+    activation_memory_bytes  one number for each profile; linear in the tokens when attention is fused
+    listing                  the compiled layers with types, where the builder prints them (TensorRT-RTX, no GPU needed)
+    log                      the builder's messages, INFO and above
+    build_seconds            includes writing the file
+    """
+
+    plan_bytes: int
+    builder: str
+    builder_version: str
+    compute_capabilities: tuple[Capability, ...]
+    facts: NetworkFacts
+    activation_memory_bytes: tuple[int, ...]
+    listing: str
+    log: tuple[str, ...]
+    parse_seconds: float
+    build_seconds: float
+
+
+def build_engine(
+    onnx_path: str | os.PathLike[str],
+    out_path: str | os.PathLike[str],
+    profile: ImageProfile,
+    *,
+    builder: str,
+    compute_capabilities: Sequence[Capability] | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    workspace_bytes: int | None = None,
+    tf32: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> BuiltEngine:
+    """Build an engine in this process and write it to `out_path`; external weights are read from beside the ONNX file.
+
+    out_path               a temporary name: the caller renames it, or removes what an error has left there
+    compute_capabilities   TensorRT-RTX: (major, minor) of each GPU to build for, default RTX_CAPABILITIES;
+                           TensorRT builds for this machine's GPU and takes none
+    tf32                   let float32 matmuls and convolutions use TF32; without it fp32 means fp32
+    cancelled              asked after every step; True ends the build with EngineError
+    log                    receives each message as it comes
+
+    Ctrl-C ends the build with KeyboardInterrupt. Both take effect at the end of the builder's current step, and
+    TensorRT-RTX compiles in one step that is most of its time: engines.build runs this where it can be killed.
+    A process keeps the builder it used first. Raises InputError, MissingExtraError or EngineError, one line each.
+    """
+    path = Path(onnx_path)
+    library.require(builder)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give an ONNX file")
+    trt = library.load(builder)
+    capabilities = library.resolve_capabilities(trt, builder, compute_capabilities)
+    watch = Watch(progress, cancelled)
+    messages = Messages(lambda line: watch.guard(log, line))
+    from polygraphy.exception import PolygraphyException
+
+    with messages.captured(), watch.interruptible():
+        try:
+            started = time.perf_counter()
+            watch.start(_PARSING, 1)
+            network = parse(trt, path)
+            watch.step(_PARSING, 0)
+            parsed = time.perf_counter()
+            facts = network_facts(network[1])
+            shapes = input_shapes(trt, network[1], profile, path.name)
+            config = _config(trt, builder, capabilities, shapes, watch, workspace_bytes, tf32)
+            with _PlanFile(Path(out_path)) as plan:
+                _serialize(trt, network, config, plan, watch)
+                watch.raise_if_stopped(path.name)
+                plan.sync()
+            watch.step(_WRITING, 0)
+        except PolygraphyException as error:
+            watch.raise_if_stopped(path.name)
+            why = reason(messages.errors) or one_line(str(error))
+            raise EngineError(
+                f"{path.name}: {library.title(builder)} {trt.__version__} cannot build it: {why}"
+            ) from None
+    watch.raise_if_stopped(path.name)
+    activation = re.findall(r"Total Activation Memory: (\d+) bytes", "\n".join(messages.lines))
+    return BuiltEngine(
+        plan_bytes=plan.nbytes,
+        builder=builder,
+        builder_version=str(trt.__version__),
+        compute_capabilities=capabilities,
+        facts=facts,
+        activation_memory_bytes=tuple(int(n) for n in activation),
+        listing=messages.listing,
+        log=tuple(messages.lines),
+        parse_seconds=parsed - started,
+        build_seconds=time.perf_counter() - parsed,
+    )
+
+
+def _config(
+    trt: Any,
+    builder: str,
+    capabilities: tuple[Capability, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    watch: Watch,
+    workspace_bytes: int | None,
+    tf32: bool,
+) -> Callable[[Any, Any], Any]:
+    """Polygraphy's loader: config(builder, network) gives the builder's configuration."""
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            watch.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return watch.step(phase_name, step)
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    def set_tf32(builder: Any, network: Any, config: Any) -> None:  # on by default in both libraries
+        (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+
+    options: dict[str, Any] = {
+        "profiles": [Profile().add("images", *shapes)],
+        "progress_monitor": Monitor(),
+    }
+    if workspace_bytes is not None:
+        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: workspace_bytes}
+    if builder == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        create = CreateConfigRTX(compute_capabilities=list(capabilities), **options)
+    else:
+        create = CreateConfig(**options)
+    return PostprocessConfig(create, func=set_tf32)
+
+
+def _serialize(trt: Any, network: Any, config: Callable[[Any, Any], Any], plan: "_PlanFile", watch: Watch) -> None:
+    """Build into `plan`: in pieces, or, with TensorRT before 10.13, through the whole engine in memory.
+
+    Raises EngineError or PolygraphyException, except for what stopped a stream: that is in `watch`.
+    """
+    from polygraphy.backend.trt import engine_bytes_from_network
+    from polygraphy.exception import PolygraphyException
+
+    def write(data: bytes | memoryview) -> int:
+        if watch.stopping:
+            return -1
+        if not plan.nbytes:
+            watch.start(_WRITING, 1)
+        plan.write(data)
+        return len(data)
+
+    builder, definition, _ = network
+    if hasattr(builder, "build_serialized_network_to_stream"):
+        writer = _writer(trt, write, watch)
+        if not builder.build_serialized_network_to_stream(definition, config(builder, definition), writer):
+            raise PolygraphyException("the builder gave no engine and no reason")
+    else:
+        write(memoryview(engine_bytes_from_network(network, config=config)).cast("B"))
+
+
+def _writer(trt: Any, write: Callable[[bytes], int], watch: Watch) -> Any:
+    """`write` for the builder, which must see no exception and calls a build good whose writing failed."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            count = watch.guard(write, data)
+            return -1 if count is None else count  # anything but len(data) ends the writing
+
+    return Writer()
+
+
+class _PlanFile:
+    """The file a plan goes into, piece by piece. What fails is one EngineError with the path and the reason."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.nbytes = 0
+
+    def __enter__(self) -> "_PlanFile":
+        try:
+            self._file = self._path.open("wb", buffering=0)
+        except OSError as error:
+            raise self._failed(error) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                count = self._file.write(rest)  # the system writes at most 2 GiB at a time
+                self.nbytes += count
+                rest = rest[count:]
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> EngineError:
+        return EngineError(
+            f"{self._path}: {error.strerror} after {self.nbytes / 1e6:.0f} MB of the engine; "
+            "make room or choose another place"
+        )

@@ -1,0 +1,129 @@
+"""Which builders are installed, which GPUs are there, and loading a builder's library with Polygraphy over it."""
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moe3d_deploy.errors import EngineError, InputError, MissingExtraError
+from moe3d_deploy.trt.watch import one_line
+
+Capability = tuple[int, int]
+
+RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
+"""What a TensorRT-RTX engine is built for unless told otherwise, whatever GPU the building machine has."""
+
+
+class _Library(NamedTuple):
+    title: str
+    module: str
+    distributions: tuple[str, ...]
+    extra: str
+
+
+_LIBRARIES = {
+    "tensorrt": _Library("TensorRT", "tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "trt"),
+    "tensorrt-rtx": _Library("TensorRT-RTX", "tensorrt_rtx", ("tensorrt_rtx",), "rtx"),
+}
+
+
+def title(builder: str) -> str:
+    """The product's name, such as TensorRT-RTX. InputError for a builder that does not exist."""
+    if builder not in _LIBRARIES:
+        raise InputError(f"builder {builder!r} is unknown; use one of {', '.join(_LIBRARIES)}")
+    return _LIBRARIES[builder].title
+
+
+def available() -> dict[str, str]:
+    """The installed builders and their versions; a library without package metadata is imported to ask it."""
+    return {builder: _version(lib) for builder, lib in _LIBRARIES.items() if _is_installed(lib.module)}
+
+
+def require(builder: str) -> None:
+    """Raise MissingExtraError unless `builder` and Polygraphy are installed, InputError if there is no such builder."""
+    title(builder)
+    for package in (_LIBRARIES[builder].module, "polygraphy"):
+        if not _is_installed(package):
+            raise MissingExtraError(package, _LIBRARIES[builder].extra)
+
+
+def visible_gpus() -> list[Capability]:
+    """The compute capability of every CUDA device this process sees; empty without a driver or a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count, found = ctypes.c_int(), []
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    for index in range(count.value):
+        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        status = driver.cuDeviceGet(ctypes.byref(device), index)
+        for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
+            status = status or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        if not status:
+            found.append((major.value, minor.value))
+    return found
+
+
+def load(builder: str) -> Any:
+    """Import the library and Polygraphy over it; Polygraphy reads its choice from the environment, once.
+
+    Returns the module tensorrt or tensorrt_rtx. EngineError where it does not load or this process uses the other one.
+    """
+    use_rtx = builder == "tensorrt-rtx"
+    name, before = "POLYGRAPHY_USE_TENSORRT_RTX", os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX")
+    os.environ[name] = str(int(use_rtx))
+    try:
+        trt = importlib.import_module(_LIBRARIES[builder].module)
+        from polygraphy import config
+    except (ImportError, OSError) as error:
+        raise EngineError(f"{title(builder)} does not load: {one_line(str(error))}; install it again") from None
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    if bool(config.USE_TENSORRT_RTX) is not use_rtx:
+        raise EngineError(
+            f"this process already uses the other builder, so it cannot use {title(builder)}; start another process"
+        )
+    return trt
+
+
+def resolve_capabilities(trt: Any, builder: str, asked: Sequence[Capability] | None) -> tuple[Capability, ...]:
+    """What to build for: `asked`, or the default, checked against what the loaded library `trt` can build."""
+    if builder == "tensorrt":
+        gpus = visible_gpus()
+        if not gpus:
+            raise EngineError("TensorRT builds for the GPU of this machine and none is visible; use tensorrt-rtx")
+        if asked is not None and list(asked) != gpus[:1]:
+            raise InputError(f"TensorRT builds for this machine's GPU, {gpus[0]}, alone; leave capabilities out")
+        return (gpus[0],)
+    wanted = RTX_CAPABILITIES if asked is None else tuple(dict.fromkeys((major, minor) for major, minor in asked))
+    known = [int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    unknown = [pair for pair in wanted if 10 * pair[0] + pair[1] not in known or not 0 <= pair[1] <= 9]
+    if unknown or not wanted:
+        raise InputError(
+            f"compute capability {'{}.{}'.format(*unknown[0]) if unknown else '(none)'}: TensorRT-RTX "
+            f"{trt.__version__} builds for {', '.join(str(n / 10) for n in known)}; "
+            "for another GPU build with TensorRT on its machine"
+        )
+    return wanted
+
+
+def _is_installed(module: str) -> bool:
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a mere folder of that name has no origin
+
+
+def _version(library: _Library) -> str:
+    for name in library.distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return str(importlib.import_module(library.module).__version__)
