@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from moe3d_deploy.benchmarks.environment import environment
+from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.files import atomic_write
 
 CASES = tuple((model, precision) for model in ("moe3d-tiny", "moe3d-1b") for precision in ("fp32", "fp16"))
@@ -48,7 +48,7 @@ def _measure(model: str, precision: str, workdir: Path | None) -> dict[str, Any]
         )
     command = "moe3d " + " ".join(arguments)
     if run.returncode:
-        return {"command": command, "failed": run.stderr.strip().splitlines()[-1]}
+        return {"command": command, "failed": without_paths(run.stderr.strip().splitlines()[-1])}
     report = json.loads(run.stdout)
     return {
         "command": command,

@@ -65,6 +65,60 @@ def _export_row(row: dict[str, Any]) -> str:
     )
 
 
+_PACKAGES_SHOWN = ("torch", "onnx", "onnxruntime", "tensorrt_rtx")
+
+
+def _machine(report: dict[str, Any]) -> str:
+    facts = report["environment"]
+    packages = ", ".join(f"{name} {facts['packages'][name]}" for name in _PACKAGES_SHOWN)
+    cpu, memory = facts["cpu"], facts["memory_bytes"] / 2**30
+    gpu = "; ".join(gpu["name"] for gpu in facts["gpus"]) or "no GPU"
+    return (
+        f"\nMeasured on {cpu['usable_cores']} cores of {cpu['name']}, {memory:.0f} GiB, {gpu}; {packages}; "
+        f"revision {facts['git']['revision'][:12]}; `{facts['command']}`."
+    )
+
+
+_TABLES:
+            raise InputError(f"table {kind!r} is unknown; choose from {', '.join(_TABLES)}")
+        report = json.loads((root / "benchmarks" / results).read_text(encoding="utf-8"))
+        return f"{start}{_TABLES[kind](report)}\n{_machine(report)}\n{end}"
+
+    return _BLOCK.sub(replace, text)
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """The Markdown files that may hold tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def export_costs(report: dict[str, Any]) -> str:
+    """Sizes, times, peaks and errors of exports."""
+    header = (
+        "| model | precision | export | verify | engine | peak (export / verify / engine) | ONNX | engine size "
+        "| depth error max / mean |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    )
+    return "\n".join([*header, *map(_export_row, report["rows"])])
+
+
+def _export_row(row: dict[str, Any]) -> str:
+    label = f"| {row['model']} | {row['precision']} "
+    if "failed" in row:
+        return f"{label}| failed: {row['failed']} | | | | | | |"
+    stages, engine = row["stages"], row["engine"]
+    checks = [cost for name, cost in stages.items() if name != "export"]
+    peaks = (stages["export"]["peak_bytes"], max(c["peak_bytes"] for c in checks), engine["peak_bytes"])
+    onnx = sum(size for name, size in row["files"].items() if name.startswith("model.onnx"))
+    depth = [outputs["depth"] for outputs in row["errors"].values()]
+    return (
+        f"{label}| {stages['export']['seconds']:.0f} s | {sum(c['seconds'] for c in checks):.0f} s "
+        f"| {engine['seconds']:.0f} s | {' / '.join(f'{p / 1e9:.1f}' for p in peaks)} GB | {onnx / 1e6:.0f} MB "
+        f"| {engine['plan_bytes'] / 1e6:.0f} MB "
+        f"| {max(d['max'] for d in depth):.1e} / {max(d['mean'] for d in depth):.1e} |"
+    )
+
+
 def _machine(report: dict[str, Any]) -> str:
     facts = report["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(facts["packages"].items()))

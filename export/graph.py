@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,20 @@ INPUT_DIMS: tuple[str | int, ...] = ("B", "S", 3, "H", "W")
 
 # The example the tracer sees. An axis of 1, or two equal ones, would be taken for constants.
 TRACED_SHAPE_IN_PATCHES = (2, 3, 4, 5)
+
+# (B, S, rows, columns) at which every assumption of the tracer must hold. Many and few views, sides in every order, at
+# least 3 patches each: below them the coarsest feature map has a side of 1, which the tracer treats apart.
+PROBED_SHAPES_IN_PATCHES = (
+    (2, 2, 3, 3),
+    (3, 5, 5, 4),
+    (2, 9, 4, 11),
+    (7, 4, 37, 27),
+    (2, 50, 11, 37),
+    (4, 12, 28, 28),
+    (5, 3, 64, 10),
+    (16, 2, 3, 74),
+    (9, 200, 150, 99),
+)
 
 Progress = Callable[[str], None]
 
@@ -57,17 +72,45 @@ def prepare(model: MoE3D, *, merge: bool, outputs: Sequence[str] = ()) -> Export
 
 
 def trace(module: nn.Module, patch_size: int) -> torch.export.ExportedProgram:
-    """torch.export with named dimensions: the gate that refuses a model which depends on one concrete shape."""
+    """torch.export with named dimensions: the gate that refuses a model which depends on one concrete shape.
+
+    What it cannot see is a size of 1 treated apart (`if S == 1`): see verify.py.
+    """
     batch, views, rows, columns = TRACED_SHAPE_IN_PATCHES
     example = torch.zeros(batch, views, 3, rows * patch_size, columns * patch_size)
     dim = torch.export.Dim
     shapes = {0: dim("B"), 1: dim("S"), 3: patch_size * dim("grid_h"), 4: patch_size * dim("grid_w")}
     try:
-        return torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise ExportError(
             f"the model depends on a concrete shape, so one file cannot serve all: {_gist(error)}"
         ) from error
+    _require_general(program, patch_size)
+    return program
+
+
+def _require_general(program: torch.export.ExportedProgram, patch_size: int) -> None:
+    """Raise ExportError for an assumption that the tracer recorded and that does not hold at every size.
+
+    torch.export refuses `S <= 8` itself. Of a dimension written as 14 * n it drops what it cannot solve for n, such as
+    `int(2.5 * H) == 140` or `H <= W`, and keeps the example's number (torch 2.13).
+    """
+    name = program.graph_signature.user_inputs[0]
+    images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
+    recorded = images.fake_mode.shape_env
+    batch, views, _, height, width = images.shape
+    symbols = [next(iter(size.node.expr.free_symbols)) for size in (batch, views, height, width)]
+    names = dict(zip(symbols, (*sympy.symbols("B S"), *(s / patch_size for s in sympy.symbols("H W"))), strict=True))
+    for guard in recorded.guards:
+        assumed = guard.expr.xreplace(recorded.replacements)
+        for shape in PROBED_SHAPES_IN_PATCHES:
+            if assumed.xreplace(dict(zip(symbols, map(sympy.Integer, shape), strict=True))) != sympy.true:
+                b, s, h, w = shape
+                raise ExportError(
+                    "the model depends on a concrete shape, so one file cannot serve all: it takes for granted that "
+                    f"{assumed.xreplace(names)}, which fails at B={b} S={s} H={h * patch_size} W={w * patch_size}"
+                )
 
 
 def export_onnx(

@@ -1,5 +1,6 @@
 """Checkpoint -> verified bundle: the stages in their order, each in a process of its own."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -14,7 +15,7 @@ from moe3d_deploy import __version__
 from moe3d_deploy.bundle import Bundle, BundleWriter
 from moe3d_deploy.child import ChildResult, Emit, run_in_child
 from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.errors import ExportError, MissingExtraError
+from moe3d_deploy.errors import ExportError, InputError, MissingExtraError
 from moe3d_deploy.export import verify
 from moe3d_deploy.export.compare import Limits
 from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
@@ -36,6 +37,10 @@ class ExportOptions:
     outputs: tuple[str, ...] = ()
     verify: bool = True
     shapes: tuple[Shape, ...] = SHAPES_IN_PATCHES
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.outputs if name not in OUTPUTS]:
+            raise InputError(f"output {unknown[0]!r} cannot be exported; choose from {', '.join(OPTIONAL_OUTPUTS)}")
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,13 @@ def _manifest(
 ) -> Manifest:
     patch = config.patch_size
     pixels = Range(min=patch, max=None, step=patch)
-    packages = ("onnx", "onnxscript", "onnxruntime", "numpy")
     versions = {"moe3d_deploy": __version__, "python": platform.python_version(), "torch": facts["torch"]}
+    for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return Manifest(
         name=facts["name"],
-        created_by=versions | {name: importlib.metadata.version(name) for name in packages},
+        created_by=versions,
         model_config=facts["config"],
         checkpoint=Checkpoint(**facts["checkpoint"]),
         preprocessing=Preprocessing.of(config),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.cli.progress import Progress
@@ -20,6 +21,10 @@ from moe3d_deploy.manifest import MANIFEST_NAME, Verification
 
 Ranges = tuple[str, str, str | None, str | None]
 """--batch, --views, --height and --width as given."""
+
+_OF_A_CHECKPOINT = (
+    "precision", "fp32_heads", "outputs", "no_merge", "no_verify", "seed", "allow_pickle", "overwrite",
+)  # fmt: skip
 
 
 @click.command("export", short_help="Export a preset, checkpoint or bundle to a verified bundle")
@@ -76,6 +81,8 @@ def export_command(
             raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
         if builder == "none":
             raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
+        if given := _given(*_OF_A_CHECKPOINT):
+            raise InputError(f"{source} is a bundle, its model is exported already; leave {given[0]} out")
         bundle = Bundle.open(source)
     else:
         if output is None:
@@ -84,7 +91,7 @@ def export_command(
         options = ExportOptions(
             policy=PrecisionPolicy(precision, half_heads=not fp32_heads),
             merge=not no_merge,
-            outputs=tuple(name for name in outputs.split(",") if name),
+            outputs=tuple(name.strip() for name in outputs.split(",") if name.strip()),
             verify=not no_verify,
         )
         _check_before_work(builder, ranges, spec)
@@ -92,6 +99,13 @@ def export_command(
     if builder != "none":
         bundle = _build_engine(bundle, builder, ranges, progress, report)
     _finish(bundle, report, progress, as_json)
+
+
+def _given(*names: str) -> list[str]:
+    """The flags of these parameters that stand on the command line."""
+    context = click.get_current_context()
+    typed = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return ["--" + name.replace("_", "-") for name in typed]
 
 
 def _check_before_work(builder: str, ranges: Ranges, spec: SourceSpec) -> None:

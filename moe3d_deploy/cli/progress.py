@@ -11,12 +11,17 @@ _LABEL = 12
 
 
 class Progress:
-    """A bar per stage while it works, and lines that stay in the style of `moe3d-export`'s report."""
+    """A bar per stage while it works, and lines that stay in the style of `moe3d-export`'s report.
+
+    A bar goes when the command ends, so that an error does not stand behind it.
+    """
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._stage = ""
         self._started = 0.0
+        if context := click.get_current_context(silent=True):
+            context.call_on_close(lambda: self._rewrite(""))
 
     def report(self, stage: str, step: int, total: int, detail: str = "") -> None:
         """`step` of `total` parts of `stage` are done."""

@@ -47,15 +47,17 @@ def run_command(
     moe3d run bundle left.png right.png -o out
     """
     from moe3d_deploy.images import find_images, load_images
-    from moe3d_deploy.runtime.outputs import write_scene
+    from moe3d_deploy.runtime.outputs import check_formats, write_scene
     from moe3d_deploy.runtime.session import Session
 
+    kinds = [kind.strip() for kind in formats.split(",")]
+    check_formats(kinds)
     paths = find_images(images)
     started = time.perf_counter()
     session = Session.open(
         source,
         backend=backend,
-        outputs=[name for name in outputs.split(",") if name],
+        outputs=[name.strip() for name in outputs.split(",") if name.strip()],
         seed=seed,
         allow_pickle=allow_pickle,
         view_chunk=view_chunk,
@@ -72,7 +74,7 @@ def run_command(
     prepared = time.perf_counter()
     result = session.run(batch.images)
     computed = time.perf_counter()
-    files = write_scene(result, batch, output, formats=formats.split(","), drop_lowest=drop_lowest)
+    files = write_scene(result, batch, output, formats=kinds, drop_lowest=drop_lowest)
     written = time.perf_counter()
 
     views, _, height, width = batch.images.shape
@@ -99,4 +101,4 @@ def run_command(
     click.echo(f"depth from {depth.min():.3g} to {depth.max():.3g}, up to the scene's scale (not metres)")
     if "expert_weights" not in result:
         click.echo("no expert maps: the bundle has no output expert_weights (moe3d-export --outputs expert_weights)")
-    click.echo(f"{len(files)} files in {output}: cameras.json, {', '.join(formats.split(','))}")
+    click.echo(f"{len(files)} files in {output}: cameras.json, {', '.join(kinds)}")

@@ -47,8 +47,7 @@ def write_scene(
     Raises InputError for arrays that do not fit the batch, an unknown format, a scene without a valid point where a
     GLB is asked for (before any other file is written), or a folder that cannot be written.
     """
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise InputError(f"output format {unknown[0]!r} is unknown; choose from {', '.join(FORMATS)}")
+    check_formats(formats)
     arrays = {name: np.asarray(value) for name, value in result.items()}
     views, _, height, width = batch.images.shape
     check_scene(arrays, views, height, width)
@@ -61,6 +60,12 @@ def write_scene(
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{folder}: cannot write the results ({reason}); choose another output folder") from error
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise InputError for a format that `write_scene` does not know: to be called before a model runs for minutes."""
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise InputError(f"output format {unknown[0]!r} is unknown; choose from {', '.join(FORMATS)}")
 
 
 def _write_files(

@@ -63,7 +63,7 @@ class Session:
         """
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
-        is_bundle = (Path(source) / MANIFEST_NAME).is_file()
+        is_bundle = _is_bundle(Path(source))
         if is_bundle and backend == "pytorch":
             raise InputError(f"{source} is a bundle, which holds no PyTorch weights; name its checkpoint instead")
         if backend == "onnxruntime" and not is_bundle:
@@ -71,6 +71,9 @@ class Session:
         if is_bundle:
             if outputs:
                 raise InputError(f"the outputs of bundle {source} were chosen at export; export again with --outputs")
+            given = {"seed": seed != 0, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
+            if unused := [name for name, is_given in given.items() if is_given]:
+                raise InputError(f"{unused[0]} is for PyTorch alone; leave it out for bundle {source}")
             return cls._open_bundle(Path(source))
         return cls._open_checkpoint(source, outputs, seed, allow_pickle, view_chunk)
 
@@ -99,7 +102,12 @@ class Session:
 
         Raises InputError for an array that does not fit.
         """
-        array = np.asarray(images)
+        try:
+            array = np.asarray(images)
+        except ValueError as error:  # lists of unequal length
+            raise InputError(
+                f"images: expected an array of numbers, got a {type(images).__name__} that is none"
+            ) from error
         single = array.ndim == 4
         if single:
             array = array[None]
@@ -119,6 +127,13 @@ class Session:
         sizes = {"batch": batch, "views": views, "height": height, "width": width}
         for axis, size in sizes.items():
             _check_size(axis, size, getattr(self.shapes, axis))
+
+
+def _is_bundle(path: Path) -> bool:
+    """A folder with a manifest, or one that has lost it: a bundle's file and no checkpoint."""
+    if (path / MANIFEST_NAME).is_file():
+        return True
+    return (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file()
 
 
 def _check_size(axis: str, size: int, allowed: Range) -> None:

@@ -42,7 +42,7 @@ class TorchBackend:
 
     def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
         """images (B, S, 3, H, W) float32 -> float32 arrays by output name."""
-        tensor = self._torch.from_numpy(images).to(self._device)
+        tensor = self._torch.from_numpy(np.require(images, requirements="W")).to(self._device)  # torch wants to own it
         with self._torch.inference_mode():
             result = self._model(tensor, outputs=self._extra, view_chunk=self._view_chunk)
         return {name: result[name].cpu().numpy() for name in self.output_names}

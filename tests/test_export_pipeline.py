@@ -1,0 +1,447 @@
+"""Checkpoint to bundle: what the manifest records, and that whatever goes wrong nothing half-written stays."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import exports
+import numpy as np
+import pytest
+import torch
+from exports import MOE
+
+from moe3d_deploy import __version__
+from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.child import ChildResult
+from moe3d_deploy.errors import BundleError, CheckpointError, ExportError, InputError, MissingExtraError, Moe3dError
+from moe3d_deploy.export import pipeline, verify
+from moe3d_deploy.export.compare import Limits
+from moe3d_deploy.export.contract import DEFAULT_OUTPUTS
+from moe3d_deploy.export.pipeline import ExportOptions, ExportReport, export_bundle
+from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.export.verify import SHAPES_IN_PATCHES
+from moe3d_deploy.manifest import Manifest, Range
+
+# ---- a real export
+
+
+def test_the_bundle_opens_and_holds_the_model_alone() -> None:
+    path = exports.bundle().path
+    assert {entry.name for entry in path.iterdir()} == {"manifest.json", "model.onnx", "model.onnx.data"}
+    assert {entry.name for entry in path.parent.iterdir()} == {path.name}
+    bundle = Bundle.open(path)
+    assert bundle.manifest == exports.bundle().report.bundle.manifest
+    assert bundle.manifest.engines == ()
+
+
+def test_the_manifest_says_what_the_model_is_and_where_it_comes_from() -> None:
+    manifest = exports.bundle().report.bundle.manifest
+    weights = (exports.checkpoint() / "model.safetensors").read_bytes()
+
+    assert manifest.name == "small"
+    assert manifest.checkpoint.origin == "seeded:small seed 0"
+    assert manifest.checkpoint.licence == "seeded random weights, no licence"
+    assert manifest.checkpoint.sha256 == hashlib.sha256(weights).hexdigest()
+    assert manifest.config == dataclasses.replace(MOE, point_head=False)  # the file has none: no output asked for it
+    assert manifest.precision == "fp16"
+    assert manifest.opset == 20
+    assert manifest.merged_experts
+    assert str(exports.checkpoint()) not in (exports.bundle().path / "manifest.json").read_text()
+
+
+def test_the_manifest_says_how_to_feed_the_model_and_what_comes_out() -> None:
+    manifest = exports.bundle().report.bundle.manifest
+
+    assert [(t.name, t.dtype, t.shape) for t in manifest.inputs] == [("images", "float32", ("B", "S", 3, "H", "W"))]
+    assert [t.name for t in manifest.outputs] == list(DEFAULT_OUTPUTS)
+    assert [(o.name, list(o.shape)) for o in manifest.outputs] == [
+        (value.name, [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
+        for value in exports.bundle().exported.proto.graph.output
+    ]
+    ranges = manifest.shape_ranges
+    assert (ranges.batch, ranges.views) == (Range(1, None), Range(1, None))
+    assert (ranges.height, ranges.width) == (Range(14, None, 14), Range(14, None, 14))
+    assert (manifest.preprocessing.size, manifest.preprocessing.patch_size) == (42, 14)
+
+
+def test_the_manifest_names_the_tools() -> None:
+    tools = exports.bundle().report.bundle.manifest.created_by
+    packages = ("onnx", "onnxscript", "onnxruntime", "numpy")
+    assert tools == {
+        "moe3d_deploy": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def test_the_manifest_holds_the_errors_of_every_output_at_every_shape() -> None:
+    verification = exports.bundle().report.bundle.manifest.verification
+
+    assert verification.status == "passed"
+    assert verification.limits == Limits.of("fp16").errors
+    assert [case["shape_in_patches"] for case in verification.cases] == [list(shape) for shape in SHAPES_IN_PATCHES]
+    for case in verification.cases:
+        assert set(case["errors"]) == {"executed", "rounded"}
+        for of_kind in case["errors"].values():
+            assert set(of_kind) == set(DEFAULT_OUTPUTS)
+            for error in of_kind.values():
+                assert set(error) == {"max", "mean", "p99"}
+                assert all(0 < value < 0.1 for value in error.values())
+            assert of_kind["depth"]["max"] < 1e-2
+            assert of_kind["depth"]["mean"] < 1e-3
+
+
+def test_the_manifest_holds_the_headroom_of_the_half_tensors() -> None:
+    headroom = exports.bundle().report.bundle.manifest.verification.headroom
+    assert headroom["limit"] == 0.5
+    assert headroom["tensors"] > 50
+    shares = list(headroom["largest"].values())
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[0] < 0.5
+
+
+def test_the_recorded_errors_are_those_of_the_file_in_the_bundle() -> None:
+    """Not of some other file: the figures come out again, to the digits that other thread counts change."""
+    case = next(c for c in exports.bundle().report.bundle.manifest.verification.cases if c["shape_in_patches"][1] == 9)
+    images = verify.images_for(tuple(case["shape_in_patches"]), 14)
+    exported = exports.bundle().exported
+    again = verify.errors(exported.run(images), exported.reference(images))
+    for name, error in case["errors"]["executed"].items():
+        assert again[name]["mean"] == pytest.approx(error["mean"], rel=0.02), name
+
+
+def test_progress_goes_through_the_stages_in_order() -> None:
+    events = exports.bundle().events
+    stages = list(dict.fromkeys(event["stage"] for event in events))
+    assert stages == ["export", "reference", "execute", "round", "bundle"]
+    for stage in stages:
+        own = [event for event in events if event["stage"] == stage]
+        steps = [event["step"] for event in own]
+        assert steps == sorted(steps)
+        assert (steps[0], steps[-1]) == (0, own[0]["total"])
+        assert {event["total"] for event in own} == {steps[-1]}
+    phases = [event["detail"] for event in events if event["stage"] == "export" and event["detail"]]
+    assert phases == ["load", "trace", "translate", "write", "check"]
+
+
+def test_the_report_has_time_and_memory_of_each_stage() -> None:
+    stages = exports.bundle().report.stages
+    assert list(stages) == ["export", "reference", "execute", "round"]
+    for cost in stages.values():
+        assert 0 < cost["seconds"] < 300
+        assert 50e6 < cost["peak_bytes"] < 2e9
+
+
+def test_an_interrupt_during_a_real_stage_leaves_nothing(tmp_path: Path) -> None:
+    """As Ctrl-C does: the signal arrives while the parent waits for its child."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    phases = []
+
+    def interrupt(event: dict[str, Any]) -> None:
+        phases.append(event["detail"])
+        if event["detail"] == "load":
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            export_bundle(SourceSpec("moe3d-tiny"), tmp_path / "bundle", ExportOptions(), on_event=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert phases == ["", "load"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "outputs", "expected", "message"),
+    [
+        ("no-such-thing", (), CheckpointError, "no-such-thing: no such file or folder, nor a preset"),
+        ("vggt-1b", ("expert_weights",), InputError, "output 'expert_weights' needs experts; this model has none"),
+        ("moe3d-tiny", ("point_map",), InputError, "output 'point_map' needs the point head; this model has none"),
+    ],
+)
+def test_a_source_or_output_that_does_not_exist_is_refused_before_work_begins(
+    source: str, outputs: tuple[str, ...], expected: type[Moe3dError], message: str, tmp_path: Path
+) -> None:
+    phases: list[str] = []
+    with pytest.raises(expected, match=f"^{message}"):
+        export_bundle(
+            SourceSpec(source),
+            tmp_path / "bundle",
+            ExportOptions(outputs=outputs),
+            on_event=lambda event: phases.append(event["detail"]),
+        )
+    assert phases == ["", "load"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["expert_depths", "normals", "Depth"])
+def test_an_output_that_no_file_has_is_refused_without_a_child(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ExportOptions(outputs=("pose_enc", name))
+    assert str(caught.value) == (
+        f"output '{name}' cannot be exported; choose from pose_enc, world_points, point_map, point_map_conf, "
+        "expert_weights, expert_entropy, depth_variance"
+    )
+
+
+# ---- stages that stand in for the real ones, to make each of them fail
+
+Change = Callable[[dict[str, Any], dict[str, Any]], None]
+"""Alters what a stage returns, and the arrays it saves, or raises."""
+
+
+class Stages:
+    """What the children would do, at once: equal results of ones, unless there is a `change` for a stage."""
+
+    def __init__(self) -> None:
+        self.change: dict[str, Change] = {}
+        self.ran: list[str] = []
+        self.folders: set[Path] = set()
+
+    def run(self, function: str, request: dict[str, Any], *, on_event: Any, failure: type[Moe3dError]) -> ChildResult:
+        assert failure is ExportError
+        name = function.partition(":")[2]
+        self.ran.append(name)
+        folder = Path(request["folder"])
+        self.folders.add(folder)
+        value: dict[str, Any] = {}
+        if name == "export_stage":
+            (folder / "model.onnx").write_bytes(b"model")
+            (folder / "model.onnx.data").write_bytes(b"weights")
+            value = {
+                "name": "small",
+                "config": MOE.to_dict(),
+                "checkpoint": {"origin": "seeded", "sha256": "0" * 64, "licence": "none"},
+                "torch": "2.13.0",
+            }
+        elif name == "rounded":
+            value = {"shares": {"depth_head.gate: addmm": 0.1}}
+        arrays = {output: np.ones((1, 1)) for output in request.get("names", ())}
+        if name in self.change:
+            self.change[name](value, arrays)
+        for index in range(len(request.get("shapes", ()))):
+            verify._save(request, name, index, arrays)
+        return ChildResult(value, 1.0, 1_000_000)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    stand_in = Stages()
+    monkeypatch.setattr(pipeline, "run_in_child", stand_in.run)
+    return stand_in
+
+
+def export(path: Path, *, overwrite: bool = False, **options: Any) -> ExportReport:
+    return export_bundle(SourceSpec("moe3d-tiny"), path, ExportOptions(**options), overwrite=overwrite)
+
+
+def raising(error: BaseException) -> Change:
+    def change(result: dict[str, Any], arrays: dict[str, Any]) -> None:
+        raise error
+
+    return change
+
+
+def off(output: str, factor: float) -> Change:
+    """The stage's result of one output is `factor` times what it should be."""
+    return lambda result, arrays: arrays.update({output: arrays[output] * factor})
+
+
+def shares(value: float) -> Change:
+    return lambda result, arrays: result["shares"].update({"depth_head.projects.0: convolution": value})
+
+
+def test_the_stages_are_those_that_the_precision_needs(stages: Stages, tmp_path: Path) -> None:
+    export(tmp_path / "fp16")
+    assert stages.ran == ["export_stage", "reference", "executed", "rounded"]
+    stages.ran.clear()
+    report = export(tmp_path / "fp32", policy=PrecisionPolicy("fp32"))
+    assert stages.ran == ["export_stage", "reference", "executed"]
+    assert report.bundle.manifest.precision == "fp32"
+    assert report.bundle.manifest.verification.headroom == {}
+    assert report.bundle.manifest.verification.limits == {"*": {"max": 5e-5}}
+
+
+def test_an_export_without_verification_says_so(stages: Stages, tmp_path: Path) -> None:
+    manifest = export(tmp_path / "bundle", verify=False).bundle.manifest
+    assert stages.ran == ["export_stage"]
+    assert (manifest.verification.status, manifest.verification.cases) == ("skipped", ())
+    assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["verification"]["status"] == "skipped"
+
+
+def test_options_reach_the_manifest(stages: Stages, tmp_path: Path) -> None:
+    shapes = ((1, 1, 2, 2),)
+    manifest = export(
+        tmp_path / "b", merge=False, outputs=("pose_enc", "expert_weights"), shapes=shapes
+    ).bundle.manifest
+    assert not manifest.merged_experts
+    assert [(t.name, t.shape) for t in manifest.outputs[4:]] == [
+        ("pose_enc", ("B", "S", 9)),
+        ("expert_weights", ("B", "S", 2, "H", "W")),
+    ]
+    assert [case["shape_in_patches"] for case in manifest.verification.cases] == [[1, 1, 2, 2]]
+    assert set(manifest.verification.cases[0]["errors"]["executed"]) >= {"pose_enc", "expert_weights"}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_model_without_experts_is_not_merged(merge: bool, stages: Stages, tmp_path: Path) -> None:
+    stages.change["export_stage"] = lambda facts, arrays: facts["config"].update({"moe": None})
+    assert not export(tmp_path / "bundle", merge=merge).bundle.manifest.merged_experts
+
+
+def origin(text: str) -> Change:
+    return lambda facts, arrays: facts["checkpoint"].update({"origin": text})
+
+
+FAILURES: list[tuple[str, Change, type[BaseException], str]] = [
+    ("export_stage", raising(ExportError("the model depends on a concrete shape")), ExportError, "the model depends"),
+    ("export_stage", raising(CheckpointError("weights: damaged")), CheckpointError, "weights: damaged"),
+    ("export_stage", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
+    (
+        "export_stage",
+        lambda facts, arrays: facts["checkpoint"].update({"origin": "/home/me"}),
+        BundleError,
+        ".*not a path",
+    ),
+    ("reference", raising(ExportError("reference was killed")), ExportError, "reference was killed"),
+    ("executed", raising(Moe3dError("ONNX Runtime failed")), Moe3dError, "ONNX Runtime failed"),
+    ("executed", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
+    ("executed", off("depth", 1.02), ExportError, "verification failed: ONNX Runtime at B=1 S=1, 1x1 patches: depth"),
+    ("executed", off("intrinsics", math.nan), ExportError, "verification failed: ONNX Runtime .*: intrinsics is off"),
+    ("rounded", off("depth", 0.98), ExportError, "verification failed: 16-bit PyTorch at B=1 S=1, 1x1 patches: depth"),
+    (
+        "rounded",
+        shares(0.6),
+        ExportError,
+        "verification failed: tensor 'depth_head.projects.0: convolution' reaches 0.6",
+    ),
+    ("rounded", shares(math.inf), ExportError, "verification failed: tensor .* reaches inf"),
+    ("rounded", raising(OSError(28, "No space left on device")), OSError, r"\[Errno 28\]"),
+]
+
+
+@pytest.mark.parametrize(("stage", "change", "expected", "message"), FAILURES)
+def test_whatever_fails_nothing_is_left(
+    stage: str, change: Change, expected: type[BaseException], message: str, stages: Stages, tmp_path: Path
+) -> None:
+    stages.change[stage] = change
+    with pytest.raises(expected, match=f"^{message}"):
+        export(tmp_path / "bundle")
+
+    assert list(tmp_path.iterdir()) == []
+    assert not any(folder.exists() for folder in stages.folders)
+
+
+@pytest.mark.parametrize(("stage", "change", "expected", "message"), FAILURES)
+def test_whatever_fails_the_bundle_to_be_replaced_stays(
+    stage: str, change: Change, expected: type[BaseException], message: str, stages: Stages, tmp_path: Path
+) -> None:
+    old = export(tmp_path / "bundle").bundle
+    stages.change[stage] = change
+    with pytest.raises(expected, match=f"^{message}"):
+        export(tmp_path / "bundle", overwrite=True)
+
+    assert Bundle.open(tmp_path / "bundle").manifest == old.manifest
+    assert [entry.name for entry in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_an_overflow_is_reported_rather_than_the_error_it_causes(stages: Stages, tmp_path: Path) -> None:
+    stages.change["rounded"] = shares(math.inf)
+    stages.change["executed"] = off("depth", math.inf)
+    with pytest.raises(ExportError, match=r"reaches inf of the fp16 range"):
+        export(tmp_path / "bundle")
+
+
+def test_an_existing_bundle_is_replaced_only_on_request_and_before_any_work(stages: Stages, tmp_path: Path) -> None:
+    export(tmp_path / "bundle")
+    stages.ran.clear()
+    with pytest.raises(InputError, match=r"^bundle .*bundle exists; choose another name or ask for it to be overwritt"):
+        export(tmp_path / "bundle")
+    assert stages.ran == []
+
+    manifest = export(tmp_path / "bundle", overwrite=True, verify=False).bundle.manifest
+    assert Bundle.open(tmp_path / "bundle").manifest == manifest
+    assert manifest.verification.status == "skipped"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_bundle_is_never_replaced(overwrite: bool, stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "me.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="exists and is not a bundle, so it is never overwritten"):
+        export(tmp_path / "photos", overwrite=overwrite)
+    assert stages.ran == []
+    assert (tmp_path / "photos" / "me.png").exists()
+
+
+def test_an_empty_folder_takes_the_bundle(stages: Stages, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    export(tmp_path / "bundle")
+    assert Bundle.open(tmp_path / "bundle")
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_work(stages: Stages, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; create it"):
+        export(tmp_path / "nowhere" / "bundle")
+    assert stages.ran == []
+
+
+# ---- packages
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    find, version = pipeline.find_spec, importlib.metadata.version
+
+    def missing(name: str) -> str:
+        if name in packages:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None if name in packages else find(name))
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torch", "export"), ("onnxscript", "export"), ("onnxruntime", "cpu")])
+def test_a_missing_package_is_named_before_any_work(
+    package: str, extra: str, stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, package)
+    with pytest.raises(
+        MissingExtraError, match=rf"^{package} is not installed: pip install 'moe3d-deploy\[{extra}\]'$"
+    ):
+        export(tmp_path / "bundle")
+    assert stages.ran == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_without_verification_needs_no_onnxruntime(
+    stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, "onnxruntime")
+    manifest: Manifest = export(tmp_path / "bundle", verify=False).bundle.manifest
+    assert "onnxruntime" not in manifest.created_by
+    assert "onnx" in manifest.created_by
+
+
+def test_onnxruntime_may_be_the_gpu_package(stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It brings the same module under another distribution name."""
+    version = importlib.metadata.version
+
+    def of_gpu_package(name: str) -> str:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.31.1" if name == "onnxruntime-gpu" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_gpu_package)
+    assert export(tmp_path / "bundle").bundle.manifest.created_by["onnxruntime-gpu"] == "1.31.1"
