@@ -14,7 +14,10 @@ from pathlib import Path
 
 import click
 
-from moe3d_deploy.errors import InputError
+from moe3d_deploy.cli.main import finish
+from moe3d_deploy.errors import InputError, Moe3dError
+
+_MARK = ".moe3d-demo"  # a folder with this file is the demo's own, to be replaced
 
 PHOTOGRAPHS = ("motorcycle_left.png", "motorcycle_right.png")
 
@@ -25,10 +28,12 @@ def main(out: Path) -> None:
     """Run the demo into the folder OUT; what an earlier run left there goes."""
     started = time.perf_counter()
     photographs = _photographs()
-    for name in ("checkpoint", "bundle", "results"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        if not (out / _MARK).is_file():
+            raise InputError(f"{out} exists and is not an earlier demo; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
     checkpoint, bundle, results = (str(out / name) for name in ("checkpoint", "bundle", "results"))
     expert_outputs = "expert_weights,expert_entropy"
     _run("convert", "moe3d-tiny", "-o", checkpoint)
@@ -50,8 +55,9 @@ def _photographs() -> list[str]:
 
 def _run(*arguments: str) -> None:
     click.echo(f"\n$ moe3d {shlex.join(arguments)}")
-    subprocess.run([sys.executable, "-m", "moe3d_deploy", *arguments], check=True)
+    if subprocess.run([sys.executable, "-m", "moe3d_deploy", *arguments], check=False).returncode:
+        raise Moe3dError(f"moe3d {arguments[0]} failed, see above")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("demo", lambda: main))

@@ -15,29 +15,37 @@ from typing import Any
 import click
 
 from moe3d_deploy.benchmarks.environment import environment, without_paths
+from moe3d_deploy.cli.main import finish
+from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_write
 
-CASES = tuple((model, precision) for model in ("moe3d-tiny", "moe3d-1b") for precision in ("fp32", "fp16"))
+CASES = tuple(f"{model}:{precision}" for model in ("moe3d-tiny", "moe3d-1b") for precision in ("fp32", "fp16"))
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
-@click.option("--only", help="One case, such as moe3d-tiny:fp16.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="JSON file; rows of other cases stay in it."
+)
+@click.option("--only", multiple=True, help="A case, such as moe3d-tiny:fp16; may be repeated.  [default: all]")
 @click.option("--workdir", type=click.Path(path_type=Path), help="Where the bundles go for a while (10 GB).")
-def main(out: Path, only: str | None, workdir: Path | None) -> None:
+def main(out: Path, only: tuple[str, ...], workdir: Path | None) -> None:
     """Export moe3d-tiny and moe3d-1b in fp32 and fp16, with verification and an engine each."""
-    rows: list[dict[str, Any]] = []
-    for model, precision in CASES:
-        if only and only != f"{model}:{precision}":
-            continue
-        click.echo(f"{model} {precision} ...", err=True)
-        rows.append({"model": model, "precision": precision, **_measure(model, precision, workdir)})
-        report = {"format_version": 1, "environment": environment(), "rows": rows}
+    if unknown := sorted(set(only) - set(CASES)):
+        raise InputError(f"--only {unknown[0]}: no such case; choose from {', '.join(CASES)}")
+    known = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    rows = {f"{row['model']}:{row['precision']}": row for row in known}
+    failed = []
+    for case in only or CASES:
+        click.echo(f"{case} ...", err=True)
+        model, precision = case.split(":")
+        rows[case] = _measure(model, precision, workdir)
+        if "failed" in rows[case]:
+            failed.append(f"{case}: {rows[case]['failed']}")
+        ordered = [rows[name] for name in CASES if name in rows]
+        report = {"format_version": 1, "environment": environment(), "rows": ordered}
         atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode("utf-8"))
-    if not rows:
-        raise click.BadParameter(
-            f"no such case; choose from {', '.join(':'.join(case) for case in CASES)}", param_hint="--only"
-        )
+    if failed:
+        raise Moe3dError("; ".join(failed))
 
 
 def _measure(model: str, precision: str, workdir: Path | None) -> dict[str, Any]:
@@ -46,16 +54,18 @@ def _measure(model: str, precision: str, workdir: Path | None) -> dict[str, Any]
         run = subprocess.run(
             [sys.executable, "-m", "moe3d_deploy", *arguments], cwd=folder, capture_output=True, text=True, check=False
         )
-    command = "moe3d " + " ".join(arguments)
+    row = {"model": model, "precision": precision, "command": "moe3d-" + " ".join(arguments).removesuffix(" --json")}
     if run.returncode:
-        return {"command": command, "failed": without_paths(run.stderr.strip().splitlines()[-1])}
+        last = run.stderr.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
+        return {**row, "failed": without_paths(last[0])}
     report = json.loads(run.stdout)
     return {
-        "command": command,
+        **row,
         "stages": report["stages"],
         "engine": report["engine"],
         "files": report["files"],
         "errors": worst_errors(report["verification"]["cases"]),
+        "transcript": [line.rstrip() for line in run.stderr.splitlines()],
         "shapes": len(report["verification"]["cases"]),
     }
 
@@ -73,4 +83,4 @@ def worst_errors(cases: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, f
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(finish("export_costs", lambda: main))

@@ -33,7 +33,8 @@ class Limits:
     @classmethod
     def of(cls, precision: str) -> "Limits":
         table = json.loads(resources.files("moe3d_deploy.export").joinpath("limits.json").read_text(encoding="utf-8"))
-        return cls(table[precision], table["headroom"].get(precision))
+        base = precision.partition("-")[0]
+        return cls(table[base], table["headroom"].get(base))
 
 
 def errors(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> Errors:
@@ -62,14 +63,14 @@ def _error(found: NDArray[Any], expected: NDArray[Any]) -> dict[str, float]:
     return {kind: float(value) for kind, value in values.items()}
 
 
-def require_within(label: str, found: Errors, limits: Limits) -> None:
-    """Raise ExportError for the first output of `found` that leaves the limits."""
+def require_within(label: str, found: Errors, limits: Limits, remedy: str) -> None:
+    """Raise ExportError, which ends with `remedy`, for the first output of `found` that leaves the limits."""
     for name, error in found.items():
         for kind, bound in limits.errors.get(name, limits.errors["*"]).items():
             if not error[kind] <= bound:
                 raise ExportError(
                     f"verification failed: {label}: {name} is off by {error[kind]:.2g} ({kind} relative), the limit "
-                    f"is {bound:g}; nothing was written. Try --precision fp32, or --fp32-heads for fp16"
+                    f"is {bound:g}; nothing was written. {remedy}"
                 )
 
 
@@ -81,5 +82,5 @@ def require_headroom(shares: Mapping[str, float], bound: float) -> None:
     if not share <= bound:
         raise ExportError(
             f"verification failed: tensor '{name}' reaches {share:.2g} of the fp16 range, the limit is {bound:g}; "
-            "nothing was written. Export with --fp32-heads if it belongs to a head, else with --precision fp32"
+            "nothing was written. Try --precision fp16-fp32heads if it belongs to a head, else --precision fp32"
         )

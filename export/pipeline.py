@@ -7,7 +7,6 @@ import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from moe3d_deploy import __version__
 from moe3d_deploy.bundle import Bundle, BundleWriter
 from moe3d_deploy.child import ChildResult, Emit, run_in_child
 from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.errors import ExportError, InputError, MissingExtraError
+from moe3d_deploy.errors import ExportError, InputError, require
 from moe3d_deploy.export import verify
 from moe3d_deploy.export.compare import Limits
 from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
@@ -25,7 +24,10 @@ from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
 from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, Range, ShapeRanges, Tensor, Verification
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute, round, bundle."""
+"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute, round, bundle.
+
+The last event of a stage has its "cost" as well: seconds and peak_bytes.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,13 @@ def export_bundle(
             tell({"stage": stage, "total": total, "detail": "", **event})
 
         forward({"step": 0})
-        result = run_in_child(function, request, on_event=forward, failure=ExportError)
-        forward({"step": total})
+        title = f"stage {stage} of the export"
+        try:
+            result = run_in_child(function, request, title=title, on_event=forward, failure=ExportError)
+        except OSError as error:
+            raise ExportError(f"{title} could not write: {error.strerror}; make room, or choose another -o") from error
         stages[stage] = {"seconds": round(result.seconds, 2), "peak_bytes": result.peak_bytes}
+        forward({"step": total, "cost": stages[stage]})
         return result
 
     with BundleWriter(path, overwrite) as writer:
@@ -95,10 +101,8 @@ def export_bundle(
 
 def require_packages(verify: bool) -> None:
     """Raise MissingExtraError for a package that the export needs and that is not installed."""
-    needed = {"torch": "export", "onnx": "export", "onnxscript": "export", "safetensors": "export"}
-    for package, extra in (needed | ({"onnxruntime": "cpu"} if verify else {})).items():
-        if find_spec(package) is None:
-            raise MissingExtraError(package, extra)
+    for package in ("torch", "onnx", "onnxscript", "safetensors", *(("onnxruntime",) if verify else ())):
+        require(package)
 
 
 def _verify(
@@ -158,7 +162,6 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "name": opened.name,
         "config": model.config.to_dict(),
         "checkpoint": {"origin": opened.origin, "sha256": opened.sha256(), "licence": opened.licence},
-        "parameters": sum(p.numel() for p in model.parameters()),
         "torch": torch.__version__,
     }
     metadata = {

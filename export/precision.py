@@ -10,7 +10,7 @@ from moe3d_deploy.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "fp16-fp32heads")
 
 # Matrix products and convolutions of the encoder and the aggregator: what autocast makes 16-bit in the reference.
 _TRUNK = re.compile(r"aggregator\..*(\.qkv|\.proj|\.fc1|\.fc2)\.(weight|bias)")
@@ -23,13 +23,14 @@ _DENSE = re.compile(
 
 @dataclass(frozen=True)
 class PrecisionPolicy:
-    """fp16: matrix products, convolutions and attention in half; residual stream, norms, rotary embedding, softmax,
-    camera head, exponentials and the expert mix in float32. `half_heads` False keeps the dense heads in float32,
-    as the reference runs them.
+    """One of PRECISIONS.
+
+    fp16: matrix products, convolutions and attention in half; residual stream, norms, rotary embedding, softmax, camera
+    head, exponentials and the expert mix in float32. fp16-fp32heads: the dense heads in float32 as well, as the
+    reference runs them.
     """
 
     precision: str = "fp32"
-    half_heads: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -43,8 +44,10 @@ class PrecisionPolicy:
         """From a parameter's name to its dtype."""
         import torch
 
+        half_heads = self.precision == "fp16"
+
         def choose(name: str) -> torch.dtype:
-            half = self.sixteen_bit and (_TRUNK.fullmatch(name) or (self.half_heads and _DENSE.match(name)))
+            half = self.sixteen_bit and (_TRUNK.fullmatch(name) or (half_heads and _DENSE.match(name)))
             return torch.float16 if half else torch.float32
 
         return choose

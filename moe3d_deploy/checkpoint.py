@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from moe3d_deploy.config import PRESETS, ModelConfig
-from moe3d_deploy.errors import CheckpointError, InputError
+from moe3d_deploy.errors import BundleError, CheckpointError, InputError
 from moe3d_deploy.expert_init import convert_to_moe
-from moe3d_deploy.files import atomic_path
+from moe3d_deploy.files import atomic_path, sync
+from moe3d_deploy.manifest import Checkpoint
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.safetensors_io import SafetensorsFile, write_safetensors
 from moe3d_deploy.weight_sources import (
@@ -53,6 +54,8 @@ WEIGHTS_FILE = "model.safetensors"
 _PICKLES = (".pt", ".pth", ".ckpt")
 _PROBLEMS_SHOWN = 3
 _POINT_HEAD = "point_head."
+_NO_FILE_NAME = re.compile(r"[^A-Za-z0-9_.+-]+")  # as in a bundle's file names, which the source's name becomes part of
+_NO_ORIGIN = re.compile(r"[^\w .+-]+")
 _FIRST_OF_EXPERT = re.compile(r"depth_head\.experts\.\d+\.0\.weight")
 
 
@@ -154,6 +157,8 @@ def save_checkpoint(
         config_temp.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         with atomic_path(weights_path) as weights_temp:
             write_safetensors(weights_temp, source.shapes(), dtype, tensor_of)
+            for path in (weights_temp, config_temp):  # a disk may say only now that it is full
+                sync(path)
             config_path.unlink(missing_ok=True)  # between the two renames there is none, rather than the old one
 
 
@@ -237,7 +242,8 @@ def _open_weights(
     name = place.name if path.is_dir() else place.stem
     if name == "model":
         name = place.parent.name or name
-    origin = notes.get("origin", place.name)
+    name = _NO_FILE_NAME.sub("-", name).lstrip("-.+") or "model"
+    origin = notes.get("origin", _NO_ORIGIN.sub("-", place.name) or name)
     licence = notes.get("licence", VGGT_LICENCE)
     if weights.suffix == ".safetensors":
         return SafetensorsSource(config, name, origin, licence, SafetensorsFile(weights))
@@ -260,8 +266,12 @@ def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise CheckpointError(f"{path}: expected an object, got {type(values).__name__}")
     notes = {key: values.pop(key) for key in ("licence", "origin") if key in values}
     for key, note in notes.items():
-        if not isinstance(note, str) or not note.isprintable():
+        if not isinstance(note, str) or not note.isprintable() or not note.strip():
             raise CheckpointError(f"{path}: {key!r} must be one line of text, got {note!r}")
+    try:
+        Checkpoint(notes.get("origin", "not said"), None, notes.get("licence", VGGT_LICENCE))
+    except BundleError as error:  # a bundle could not hold it
+        raise CheckpointError(f"{path}: {error}, got {notes['origin']!r}; correct it") from error
     try:
         return ModelConfig.from_dict(_without_hub_arguments(values)), notes
     except InputError as error:

@@ -1,8 +1,8 @@
 """Run one function in a process of its own, so that memory peaks do not add and a crash is an error message.
 
-The parent starts `python -m moe3d_deploy.child package.module:function`, writes the request as JSON to its standard
-input and reads JSON lines: {"event": ...} while it works, then {"result": ...} or {"error": ..., "kind": ...}.
-The function is called as function(request, emit) and returns a JSON-able dict.
+The parent starts a Python, writes the request as JSON to its standard input and reads JSON lines: {"event": ...} while
+it works, then {"result": ...} or {"error": ...}. The function is called as function(request, emit) and returns a
+JSON-able dict.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ Emit = Callable[[dict[str, Any]], None]
 
 GRACE_SECONDS = 10.0  # between asking a child to stop and killing it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+# The child imports from where the parent does; `python -m` would put the working folder, whatever lies in it, first.
+_START = "import sys; del sys.path[0]; from moe3d_deploy.child import _main; _main()"
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,19 @@ def run_in_child(
     function: str,
     request: dict[str, Any],
     *,
+    title: str | None = None,
     on_event: Emit | None = None,
     failure: type[Moe3dError] = Moe3dError,
 ) -> ChildResult:
-    """Call "package.module:function" in a new process.
+    """Call "package.module:function" in a new process; `title` is what errors call it.
 
-    A Moe3dError raised there is raised here as the same class; any other end of the child raises `failure` with the
-    last line it wrote. An interrupt of the parent stops the child before it is passed on; a killed parent takes the
-    child with it.
+    A Moe3dError raised there is raised here as the same class, and an OSError as an OSError; any other end of the child
+    raises `failure` with its exception or the last line it wrote. The child's traceback is the cause of the error. An
+    interrupt of the parent stops the child before it is passed on; a killed parent takes the child with it.
     """
     started = time.perf_counter()
-    command = [sys.executable, "-m", "moe3d_deploy.child", function]
+    title = title or function
+    command = [sys.executable, "-c", _START, function]
     with tempfile.TemporaryFile() as log:
         # A session of its own: the terminal's Ctrl-C reaches the parent alone, which then stops the child.
         child = subprocess.Popen(
@@ -62,7 +68,7 @@ def run_in_child(
             stderr=log,
             text=True,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
         )
         try:
             outcome = _converse(child, request, on_event)
@@ -70,10 +76,9 @@ def run_in_child(
             _stop(child)
             raise
         if outcome is None:
-            raise failure(_death_notice(function, child.returncode, log))
+            raise failure(_death_notice(title, child.returncode, log))
     if "error" in outcome:
-        kind = getattr(errors, outcome["kind"], failure)
-        raise kind.__new__(kind, outcome["error"])  # the message is complete: no class's own wording again
+        raise _error(title, outcome["error"], failure) from ChildTraceback(outcome["error"]["traceback"])
     return ChildResult(outcome["result"], time.perf_counter() - started, outcome["peak_bytes"])
 
 
@@ -84,6 +89,29 @@ def peak_bytes() -> int:
     """
     status = Path("/proc/self/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+
+
+class ChildTraceback(Exception):
+    """Shown by Python as the cause of an error that came from a child."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def _error(title: str, error: dict[str, Any], failure: type[Moe3dError]) -> Exception:
+    """The exception of the parent for what the child's _describe says of its own."""
+    name, message = error["kind"], error["message"]
+    if name == OSError.__name__:
+        return OSError(error["errno"], *filter(None, (message, error["filename"])))
+    kind = getattr(errors, name, None)
+    if kind:
+        return kind.__new__(kind, message)  # the message is complete: no class's own wording again
+    if name in _OUT_OF_MEMORY or "alloc_cpu.cpp" in message:
+        return failure(f"{title} ran out of memory; free some, or use a machine with more")
+    return failure(f"{title} failed: {name}: {' '.join(message.split())}" if message else f"{title} failed: {name}")
+
+
+_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's own and torch's
 
 
 def _converse(child: "subprocess.Popen[str]", request: dict[str, Any], on_event: Emit | None) -> dict[str, Any] | None:
@@ -116,12 +144,12 @@ def _stop(child: "subprocess.Popen[str]") -> None:
         child.wait()
 
 
-def _death_notice(function: str, code: int, log: IO[bytes]) -> str:
+def _death_notice(title: str, code: int, log: IO[bytes]) -> str:
     log.seek(0)
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     if code == -signal.SIGKILL:
-        return f"{function} was killed; the machine probably ran out of memory (see `dmesg`): free some and try again"
-    return f"{function} ended with code {code}: {lines[-1] if lines else 'no message'}"
+        return f"{title} was killed; the machine probably ran out of memory (see `dmesg`): free some and try again"
+    return f"{title} ended with code {code}: {lines[-1] if lines else 'no message'}"
 
 
 def _main() -> None:
@@ -137,14 +165,15 @@ def _main() -> None:
         function = getattr(importlib.import_module(module), name)
         result = function(json.load(sys.stdin), lambda event: send({"event": event}))
         send({"result": result, "peak_bytes": peak_bytes()})
-    except Moe3dError as error:
-        send({"error": str(error), "kind": type(error).__name__})
-    except MemoryError:
-        message = f"{name} ran out of memory: use fewer views or a smaller size"
-        send({"error": message, "kind": MemoryError.__name__})
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001  it travels to the parent whole
+        send({"error": _describe(error)})
 
 
-if __name__ == "__main__":
-    _main()
+def _describe(error: Exception) -> dict[str, Any]:
+    described: dict[str, Any] = {"kind": type(error).__name__, "message": str(error)}
+    if isinstance(error, OSError) and error.errno:
+        filename = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else None
+        described |= {"kind": "OSError", "message": error.strerror, "errno": error.errno, "filename": filename}
+    return described | {"traceback": traceback.format_exc()}

@@ -163,6 +163,9 @@ def _check_sizes(c: ModelConfig) -> None:
             value = getattr(part, field.name)
             if isinstance(value, (int, float)):
                 require(value > 0, f"{field.name} must be positive, got {value}")
+    for name, blocks in (("vit", c.vit), ("aggregator", c.aggregator)):
+        width = blocks.mlp_ratio * blocks.embed_dim
+        require(width >= 1, f"{name}: mlp_ratio {blocks.mlp_ratio} leaves its MLP without a channel")
     require(c.vit.embed_dim == c.aggregator.embed_dim, "vit.embed_dim and aggregator.embed_dim must be equal")
     for name, width, heads in (
         ("vit", c.vit.embed_dim, c.vit.num_heads),

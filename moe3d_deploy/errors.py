@@ -1,4 +1,23 @@
-"""The errors this project raises. Each message is one line: what is wrong with which input, and what to do."""
+"""The errors and warnings of this project. Each message is one line: what is wrong with which input, and what to do."""
+
+import importlib.util
+
+# Which extra brings a package, by the name it is imported by. Polygraphy comes with either TensorRT's extra.
+EXTRA_OF = {
+    "torch": "export",
+    "safetensors": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+    "sympy": "export",
+    "onnxruntime": "cpu",
+    "tensorrt": "trt",
+    "tensorrt_rtx": "rtx",
+}
+
+
+class Moe3dWarning(UserWarning):
+    """What goes on, but should be known; the command line shows its message alone (`cli.notices`)."""
 
 
 class Moe3dError(Exception):
@@ -38,3 +57,9 @@ class MissingExtraError(Moe3dError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'moe3d-deploy[{extra}]'")
+
+
+def require(package: str) -> None:
+    """Raise MissingExtraError unless `package`, a key of EXTRA_OF, is installed; imports nothing."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, EXTRA_OF[package])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe3d_deploy.config import PRESETS, ModelConfig
-from moe3d_deploy.errors import CheckpointError
+from moe3d_deploy.errors import CheckpointError, Moe3dWarning
 from moe3d_deploy.files import sha256_file
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.safetensors_io import SafetensorsFile
@@ -137,12 +137,12 @@ class PickleSource(WeightSource):
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The state dict of a .pt file, mapped into memory; never runs code of the file (weights_only).
 
-    Accepts the dict itself or one under "model" or "state_dict". Warns that pickles are second choice.
+    Accepts the dict itself or one under "model" or "state_dict". Warns (Moe3dWarning) that pickles are second choice.
     Raises CheckpointError for anything else.
     """
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
         raise CheckpointError(f"{path}: reading a pickle needs torch 2.10 or newer, this is {torch.__version__}")
-    warnings.warn(f"{path} is a pickle; prefer model.safetensors where there is one", stacklevel=3)
+    warnings.warn(f"{path} is a pickle; prefer model.safetensors where there is one", Moe3dWarning, stacklevel=3)
     try:
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

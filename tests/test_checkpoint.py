@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe3d_deploy.bundle import engine_name
 from moe3d_deploy.checkpoint import (
     VGGT_LICENCE,
     WeightSource,
@@ -22,7 +24,8 @@ from moe3d_deploy.checkpoint import (
     seeded_source,
 )
 from moe3d_deploy.config import PRESETS, ModelConfig, MoeConfig
-from moe3d_deploy.errors import CheckpointError, InputError
+from moe3d_deploy.errors import CheckpointError, InputError, Moe3dWarning
+from moe3d_deploy.manifest import Checkpoint, Profile
 
 NORM = "camera_head.token_norm.weight"
 GAMMA = "aggregator.frame_blocks.0.ls1.gamma"
@@ -172,6 +175,13 @@ def test_folders_without_their_files_say_what_to_name(saved: Path, tmp_path: Pat
         ('{"vit": {"embed": 3}}', "model config.vit: unknown key 'embed'"),
         ('{"licence": "a\\nb"}', "'licence' must be one line of text"),
         ('{"origin": 3}', "'origin' must be one line of text"),
+        ('{"origin": ""}', "'origin' must be one line of text, got ''"),
+        ('{"licence": " "}', "'licence' must be one line of text"),
+        ('{"licence": "a\\u0007b"}', "'licence' must be one line of text"),
+        ('{"origin": "\\ud800"}', "'origin' must be one line of text"),
+        ('{"origin": "/data/vggt"}', "origin must be a base name, not a path of one machine, got '/data/vggt'"),
+        ('{"origin": "~me/vggt"}', "origin must be a base name"),
+        ('{"origin": "C:\\\\vggt"}', "origin must be a base name"),
     ],
 )
 def test_a_bad_config_is_refused_in_one_line(edited: Callable[..., Path], text: str, message: str) -> None:
@@ -183,13 +193,45 @@ def test_a_bad_config_is_refused_in_one_line(edited: Callable[..., Path], text: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("folder", "name", "origin"),
+    [
+        ("~x", "x", "-x"),
+        (".hidden", "hidden", ".hidden"),
+        ("two\nlines \x07", "two-lines-", "two-lines -"),
+        ("file:C:\\vggt", "file-C-vggt", "file-C-vggt"),
+        ("modèle 2", "mod-le-2", "modèle 2"),
+        ("模型", "model", "模型"),
+        (os.fsdecode(b"\xff"), "model", "-"),
+        ("moe3d-1b_v1.2+x", "moe3d-1b_v1.2+x", "moe3d-1b_v1.2+x"),
+    ],
+)
+def test_a_bundle_can_hold_the_name_and_origin_of_any_folder(
+    saved: Path, tmp_path: Path, folder: str, name: str, origin: str
+) -> None:
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "model.safetensors").symlink_to(saved / "model.safetensors")
+    config = json.loads((saved / "config.json").read_text())
+    del config["origin"]
+    (tmp_path / folder / "config.json").write_text(json.dumps(config))
+
+    source = open_checkpoint(tmp_path / folder)
+
+    assert (source.name, source.origin) == (name, origin)
+    text = json.dumps([source.name, source.origin], ensure_ascii=False)
+    assert text.encode("utf-8")  # fails for half a surrogate pair
+    assert Checkpoint(source.origin, None, source.licence).origin == origin
+    profile = Profile((1, 1, 14, 14), (1, 1, 14, 14), (1, 1, 14, 14))
+    assert engine_name(source.name, profile, "fp16", [89], "tensorrt", "10").startswith(f"{name}_")
+
+
 def test_pickles_are_refused_unless_asked_for(small: WeightSource, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"model": {name: small.tensor(name) for name in small.shapes()}}, path)
 
     with pytest.raises(CheckpointError, match=r"model\.pt: a pickle can run code .*, or --allow-pickle if you must"):
         open_checkpoint(path, config=small.config)
-    with pytest.warns(UserWarning, match="is a pickle"):
+    with pytest.warns(Moe3dWarning, match="is a pickle"):
         source = open_checkpoint(path, config=small.config, allow_pickle=True)
     assert source.shapes() == small.shapes()
     assert source.licence == VGGT_LICENCE

@@ -101,6 +101,26 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(small: WeightS
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("full_at", ["model", "config"])
+def test_a_disk_that_is_full_at_the_sync_leaves_the_old_checkpoint(
+    small: WeightSource, folder: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    """A write may succeed in memory, and only the sync say that the disk has no room."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fsync = os.fsync
+
+    def full_disk(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith(f".{full_at}.partial"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(seeded_source("other", small.config, seed=1), folder, overwrite=True)
+
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_save_stopped_between_its_two_files_leaves_no_config_of_other_weights(
     small: WeightSource, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

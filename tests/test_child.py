@@ -1,6 +1,7 @@
 """Functions in a process of their own: what comes back, and how each way to end becomes an error."""
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -34,6 +35,12 @@ def raises(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     raise {"BundleError": BundleError, "InputError": InputError, "ValueError": ValueError, "MemoryError": MemoryError}[
         request["kind"]
     ](request["message"])
+
+
+def fills_the_disk(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    with open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+    return {}
 
 
 def ends(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -128,14 +135,38 @@ def test_any_other_exception_is_the_callers_failure_in_one_line() -> None:
     with pytest.raises(ExportError) as caught:
         run_in_child(here("raises"), {"kind": "ValueError", "message": "no such axis"}, failure=ExportError)
 
-    assert str(caught.value) == "test_child:raises ended with code 1: ValueError: no such axis"
+    assert str(caught.value) == "test_child:raises failed: ValueError: no such axis"
+    assert "in raises" in str(caught.value.__cause__)  # its traceback, for --debug
+
+
+def test_an_error_speaks_of_the_title_it_is_given() -> None:
+    with pytest.raises(ExportError, match="^the export failed: ValueError: no such axis$"):
+        run_in_child(
+            here("raises"), {"kind": "ValueError", "message": "no such axis"}, title="the export", failure=ExportError
+        )
+
+
+def test_an_error_of_the_system_stays_one_with_its_file() -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run_in_child(here("fills_the_disk"), {}, failure=ExportError)
+
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_nothing_in_the_working_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A downloaded folder may hold a `torch.py`."""
+    for module in ("ctypes", "json", "torch", "moe3d_deploy"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('imported from the working folder')")
+    monkeypatch.chdir(tmp_path)
+
+    assert run_in_child(here("answers"), {}).value["request"] == {}
 
 
 def test_running_out_of_memory_is_the_callers_failure_and_says_what_to_do() -> None:
     with pytest.raises(EngineError) as caught:
         run_in_child(here("raises"), {"kind": "MemoryError", "message": ""}, failure=EngineError)
 
-    assert str(caught.value) == "raises ran out of memory: use fewer views or a smaller size"
+    assert str(caught.value) == "test_child:raises ran out of memory; free some, or use a machine with more"
 
 
 @pytest.mark.parametrize(
@@ -171,7 +202,7 @@ def test_a_function_that_does_not_exist_is_an_error_too(function: str, line: str
     with pytest.raises(ExportError) as caught:
         run_in_child(function, {"text": "x" * MIB}, failure=ExportError)  # more than the child ever reads
 
-    assert str(caught.value) == f"{function} ended with code 1: {line}"
+    assert str(caught.value) == f"{function} failed: {line}"
 
 
 def test_what_libraries_print_is_no_part_of_the_conversation(capfd: pytest.CaptureFixture[str]) -> None:
@@ -228,10 +259,12 @@ def test_a_child_that_ignores_the_interrupt_is_killed(pids: list[int], monkeypat
         pids.append(event["pid"])
         raise KeyboardInterrupt
 
+    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_in_child(here("waits"), {"deaf": True}, on_event=listen)
 
     assert not is_alive(pids[0])
+    assert time.monotonic() - started < 30  # on its own it would end after 60 s
 
 
 # A parent that says which child it waits for. The handler is set anew: a shell's background jobs ignore SIGINT.

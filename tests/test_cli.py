@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -193,12 +194,21 @@ def test_debug_covers_a_command_that_cannot_be_imported(
     assert capsys.readouterr().err.startswith("Traceback")
 
 
-@pytest.mark.parametrize("args", [["no-such-command"], ["--no-such-option"], []])
-def test_usage_errors_end_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(args) == 2
+def test_no_arguments_show_the_help_and_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("Usage: moe3d [OPTIONS] COMMAND [ARGS]...")
+
+
+@pytest.mark.parametrize("args", [["no-such-command"], ["--no-such-option"]])
+def test_usage_errors_are_one_line_and_end_with_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("moe3d: ")
+    assert err.endswith("(see moe3d --help)\n")
+    assert err.count("\n") == 1
 
 
 def test_a_command_may_end_with_a_code_of_its_own(run: Callable[..., int]) -> None:
@@ -255,3 +265,37 @@ def test_a_closed_stdout_is_no_error() -> None:
     closing = "import os; os.close(1); os.execv(os.sys.executable, [os.sys.executable, *os.sys.argv[1:]])"
     result = python(closing, "-m", "moe3d_deploy", "--version")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+# A command that works until it is told to stop, and cleans up behind itself.
+PATIENT = """
+import pathlib, sys, time, types, click
+from moe3d_deploy.cli import main as cli
+
+def work():
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        pathlib.Path(sys.argv[1]).touch()
+
+sys.modules["patient"] = types.SimpleNamespace(command=click.Command("export", callback=work))
+cli.COMMANDS["export"] = cli.Entry("patient:command", "")
+sys.exit(cli.export_main([]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_command_cleans_up(number: signal.Signals, tmp_path: Path) -> None:
+    """`kill`, `timeout` and a closed terminal must not leave gigabytes of staged files."""
+    cleaned = tmp_path / "cleaned"
+    with subprocess.Popen(
+        [sys.executable, "-c", PATIENT, str(cleaned)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at work\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert err == "moe3d-export: terminated\n"
+    assert cleaned.exists()

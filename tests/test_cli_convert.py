@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from moe3d_deploy.checkpoint import open_checkpoint, save_checkpoint, seeded_source
 from moe3d_deploy.cli.main import main
+from moe3d_deploy.cli.notices import warnings_as_lines
 from moe3d_deploy.config import PRESETS, ModelConfig
+from moe3d_deploy.errors import Moe3dWarning
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +94,31 @@ def test_pickles_need_a_flag(vggt: Path, tmp_path: Path, capsys: pytest.CaptureF
 
     assert main(command) == 2
     assert "--allow-pickle" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="is a pickle"):
-        assert main([*command, "--allow-pickle"]) == 0
+    assert main([*command, "--allow-pickle"]) == 0
+    first, _, rest = capsys.readouterr().err.partition("\n")
+    assert first == f"warning: {path} is a pickle; prefer model.safetensors where there is one"
+    assert ".py" not in rest
+    assert "warn" not in rest
     assert open_checkpoint(tmp_path / "out").config.moe is not None
+
+
+def test_only_the_projects_own_warnings_become_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(record=True) as caught, warnings_as_lines():
+        for _ in range(2):  # a loop warns from one place, of which Python by itself shows one
+            warnings.warn("own\nwarning", Moe3dWarning, stacklevel=1)
+        warnings.warn("of another library", UserWarning, stacklevel=1)
+
+    assert capsys.readouterr().err == "warning: own warning\n" * 2
+    assert [str(warning.message) for warning in caught] == ["of another library"]
+
+
+def test_after_the_block_warnings_are_pythons_again(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings_as_lines():
+        pass
+    with pytest.warns(Moe3dWarning, match="later"):
+        warnings.warn("later", Moe3dWarning, stacklevel=1)
+
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("package", ["torch", "safetensors"])

@@ -356,5 +356,6 @@ def test_a_wrong_call_is_a_usage_error(
     assert start(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(("Usage: moe3d-export [OPTIONS] SOURCE", "Usage: moe3d export [OPTIONS] SOURCE"))
+    assert err.endswith(("(see moe3d-export --help)\n", "(see moe3d --help)\n"))
+    assert err.count("\n") == 1
     assert calls.exports == []

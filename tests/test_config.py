@@ -143,6 +143,8 @@ WRONG_VALUES = [
     ),
     ("camera_head.dim_in", 1024, "model config: camera_head.dim_in must be 2048 (2 x embed_dim)"),
     ("dpt_head.dim_in", 1024, "model config: dpt_head.dim_in must be 2048 (2 x embed_dim)"),
+    ("vit.mlp_ratio", 9e-4, "model config: vit: mlp_ratio 0.0009 leaves its MLP without a channel"),
+    ("aggregator.mlp_ratio", 9e-4, "model config: aggregator: mlp_ratio 0.0009 leaves its MLP without a channel"),
     ("dpt_head.features", 100, "model config: dpt_head.features must be a multiple of 8"),
     ("dpt_head.out_channels", [256, 512, 0, 4], "model config: dpt_head.out_channels must be multiples of 4"),
     ("dpt_head.out_channels", [256, 510, 4, 4], "model config: dpt_head.out_channels must be multiples of 4"),
@@ -186,6 +188,11 @@ def test_sizes_are_checked_however_a_config_is_made() -> None:
         ModelConfig(img_size=500)
     with pytest.raises(InputError, match="^model config: num_experts must be positive, got -1$"):
         dataclasses.replace(ModelConfig(), moe=MoeConfig(num_experts=-1))
+
+
+def test_one_channel_is_enough_for_an_mlp() -> None:
+    ratio = 1 / 1024  # of VGGT-1B's width of 1024
+    assert ModelConfig.from_dict(changed("vit.mlp_ratio", ratio)).vit.mlp_ratio == ratio
 
 
 CLASSES = (ModelConfig, VitConfig, AggregatorConfig, CameraHeadConfig, DptHeadConfig, MoeConfig)

@@ -15,9 +15,15 @@ from pathlib import Path
 import pytest
 
 import moe3d_deploy
+from moe3d_deploy.errors import EXTRA_OF
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "engines", "benchmarks")
+
+DATA = {"moe3d_deploy/export/limits.json", "moe3d_deploy/benchmarks/results/of-a-test.json"}
+
+# Needs a file that is no module: a share of the 16-bit range, from export/limits.json.
+LIMIT = "from moe3d_deploy.export.compare import Limits; print(Limits.of('fp16').headroom)"
 
 # Run from elsewhere: import every stage, say where they come from and whether that loaded a heavy library.
 PROBE = """
@@ -43,6 +49,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy2(path, copy)
+    results = copy / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / "of-a-test.json").write_text("{}\n")
     return copy
 
 
@@ -133,7 +142,7 @@ def test_wheel_holds_the_package_as_ordinary_files_and_nothing_else(wheel: Path,
     files = {member.filename for member in members}
     assert {f"moe3d_deploy/{stage}/__init__.py" for stage in STAGES} < files
     assert {name for name in files if name.endswith(".py")} == package_modules(source)
-    assert "moe3d_deploy/py.typed" in files
+    assert {"moe3d_deploy/py.typed", *DATA} <= files
     dist_info = f"moe3d_deploy-{moe3d_deploy.__version__}.dist-info"
     assert {name.split("/")[0] for name in files} == {"moe3d_deploy", dist_info}
     assert f"{dist_info}/licenses/LICENSE" in files
@@ -158,8 +167,8 @@ def test_sdist_holds_ordinary_files_and_what_it_takes_to_build_and_test(sdist: P
     with tarfile.open(sdist) as archive:
         assert all(member.isfile() or member.isdir() for member in archive)
         files = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"setup.cfg", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md", "SECURITY.md"}
-    assert wanted | {"tests/conftest.py"} <= files
+    wanted = {"setup.cfg", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE"}
+    assert wanted | {"README.md", "CHANGELOG.md", "SECURITY.md", "tests/conftest.py", *DATA} <= files
     assert package_modules(source) <= files
     assert not [name for name in files if re.match(r"(export|engines|benchmarks)/.*\.py$", name)]
     native = {str(path.relative_to(source)) for path in (source / "engines" / "native").rglob("*") if path.is_file()}
@@ -169,6 +178,15 @@ def test_sdist_holds_ordinary_files_and_what_it_takes_to_build_and_test(sdist: P
 def test_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
     commands = install(str(wheel), tmp_path / "venv")
     check_installed(commands, site_packages_of(commands), tmp_path)
+    assert succeed([str(commands / "python"), "-c", LIMIT], cwd=tmp_path) == "0.5\n"
+
+
+def test_unpacked_sdist_finds_its_data(sdist: Path, tmp_path: Path) -> None:
+    shutil.unpack_archive(sdist, tmp_path)
+    (unpacked,) = tmp_path.iterdir()
+    assert succeed([sys.executable, "-c", LIMIT], cwd=unpacked) == "0.5\n"
+    place = [sys.executable, "-c", "import moe3d_deploy.export; print(moe3d_deploy.export.__file__)"]
+    assert succeed(place, cwd=unpacked) == f"{unpacked}/moe3d_deploy/export/__init__.py\n"
 
 
 def test_installed_sdist_runs_from_elsewhere(sdist: Path, tmp_path: Path) -> None:
@@ -188,6 +206,19 @@ def test_constraints_pin_every_direct_dependency_of_setup() -> None:
     assert {name for name, _ in sections} == {"install_requires", "export", "cpu", "rtx", "dev"}
     wanted = {line.split()[0].lower() for _, lines in sections for line in lines.splitlines()}
     assert wanted <= pinned
+
+
+def test_the_extra_that_an_error_names_brings_the_package() -> None:
+    """Import names: onnx_ir is the package onnx-ir."""
+    config = (ROOT / "setup.cfg").read_text()
+    extras = dict(re.findall(r"^(\w+) =\n((?:    .+\n)+)", config.partition("[options.extras_require]")[2], re.M))
+    brought = {
+        (line.split()[0].lower().replace("-", "_"), extra)
+        for extra, lines in extras.items()
+        for line in lines.splitlines()
+    }
+    assert set(EXTRA_OF.items()) <= brought
+    assert {package for package, extra in brought if extra == "export"} <= EXTRA_OF.keys()
 
 
 def test_no_file_of_the_repository_names_a_folder_of_one_machine() -> None:

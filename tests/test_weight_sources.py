@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe3d_deploy.config import PRESETS, MoeConfig
-from moe3d_deploy.errors import CheckpointError, InputError
+from moe3d_deploy.errors import CheckpointError, InputError, Moe3dWarning
 from moe3d_deploy.weight_sources import model_shapes, read_pickle, seeded_source
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
@@ -39,7 +39,7 @@ def test_a_state_dict_is_found_where_trainers_put_it(tmp_path: Path, wrap: Calla
 def test_reading_a_pickle_warns(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "model.pt")
 
-    with pytest.warns(UserWarning, match=r"model\.pt is a pickle; prefer model\.safetensors"):
+    with pytest.warns(Moe3dWarning, match=r"model\.pt is a pickle; prefer model\.safetensors"):
         read_pickle(tmp_path / "model.pt")
 
 

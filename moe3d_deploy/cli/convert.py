@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from moe3d_deploy.errors import MissingExtraError
+from moe3d_deploy.cli.notices import warnings_as_lines
+from moe3d_deploy.errors import require
 
 if TYPE_CHECKING:
     from moe3d_deploy.checkpoint import WeightSource
@@ -80,16 +81,14 @@ def convert_command(
         for name in ("experts", "noise", "temperature"):
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--keep-vggt adds no experts, so --{name} has no meaning; leave one out")
-    try:
-        import torch
+    for package in ("torch", "safetensors"):
+        require(package)
+    import torch
 
-        from moe3d_deploy import checkpoint
-    except ModuleNotFoundError as error:
-        if error.name not in ("torch", "safetensors"):
-            raise
-        raise MissingExtraError(error.name, "export") from error
+    from moe3d_deploy import checkpoint
 
-    opened = checkpoint.open_checkpoint(source, seed=seed, allow_pickle=allow_pickle)
+    with warnings_as_lines():
+        opened = checkpoint.open_checkpoint(source, seed=seed, allow_pickle=allow_pickle)
     weights = opened
     if not keep_vggt:
         weights = checkpoint.convert_to_moe(

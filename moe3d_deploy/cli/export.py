@@ -1,6 +1,7 @@
 """`moe3d export`, also `moe3d-export`: checkpoint -> verified ONNX file -> engine, in one bundle folder."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +10,30 @@ from click.core import ParameterSource
 
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.cli.progress import Progress
-from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.engines.add import add_built_engine
 from moe3d_deploy.engines.build import resolve_builder
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
-from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.manifest import MANIFEST_NAME, Verification
 
 Ranges = tuple[str, str, str | None, str | None]
 """--batch, --views, --height and --width as given."""
 
-_OF_A_CHECKPOINT = (
-    "precision", "fp32_heads", "outputs", "no_merge", "no_verify", "seed", "allow_pickle", "overwrite",
-)  # fmt: skip
+_OF_A_CHECKPOINT = ("precision", "outputs", "no_merge", "no_verify", "seed", "allow_pickle", "overwrite")
+_OF_AN_ENGINE = ("batch", "views", "height", "width")
 
 
 @click.command("export", short_help="Export a preset, checkpoint or bundle to a verified bundle")
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp16", show_default=True)
-@click.option("--fp32-heads", is_flag=True, help="Keep the dense heads in float32 in an fp16 export.")
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True,
+    help="What is 16-bit; fp16-fp32heads keeps the dense heads in float32.",
+)  # fmt: skip
 @click.option("--outputs", default="", help="Outputs beyond depth, depth_conf, extrinsics and intrinsics, by commas.")
 @click.option("--no-merge", is_flag=True, help="Keep a convolution per expert and plain operations for the mix.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch; the manifest records it.")
@@ -51,7 +53,6 @@ def export_command(
     source: str,
     output: Path | None,
     precision: str,
-    fp32_heads: bool,
     outputs: str,
     no_merge: bool,
     no_verify: bool,
@@ -76,6 +77,10 @@ def export_command(
     progress = Progress()
     ranges = (batch, views, height, width)
     report: dict[str, Any] = {}
+    if source.removeprefix("preset:") not in PRESETS and not Path(source).exists():
+        raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
+    if builder == "none" and (given := _given(*_OF_AN_ENGINE)):
+        raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
     if (Path(source) / MANIFEST_NAME).is_file():
         if output is not None:
             raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
@@ -89,12 +94,12 @@ def export_command(
             raise InputError("-o is missing: name the bundle folder to write")
         spec = SourceSpec(source, seed, allow_pickle)
         options = ExportOptions(
-            policy=PrecisionPolicy(precision, half_heads=not fp32_heads),
+            policy=PrecisionPolicy(precision),
             merge=not no_merge,
             outputs=tuple(name.strip() for name in outputs.split(",") if name.strip()),
             verify=not no_verify,
         )
-        _check_before_work(builder, ranges, spec)
+        _check_before_work(builder, ranges, spec, progress)
         bundle = _export(spec, output, options, overwrite, progress, report)
     if builder != "none":
         bundle = _build_engine(bundle, builder, ranges, progress, report)
@@ -108,10 +113,14 @@ def _given(*names: str) -> list[str]:
     return ["--" + name.replace("_", "-") for name in typed]
 
 
-def _check_before_work(builder: str, ranges: Ranges, spec: SourceSpec) -> None:
+def _check_before_work(builder: str, ranges: Ranges, spec: SourceSpec, progress: Progress) -> None:
     """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the engine's shapes."""
     require_packages(verify=False)
-    config = spec.open().config
+    checkpoint = spec.open()
+    config, parameters = checkpoint.config, sum(math.prod(shape) for shape in checkpoint.shapes().values())
+    experts = f"{config.moe.num_experts} experts" if config.moe else "no experts"
+    progress.line("checkpoint", f"{checkpoint.origin}, {parameters / 1e6:.1f} M parameters, {experts}")
+    progress.line("licence", checkpoint.licence)
     if builder != "none":
         try:
             resolve_builder(builder)
@@ -129,18 +138,14 @@ def _profile(ranges: Ranges, config: ModelConfig) -> ShapeProfile:
 def _export(
     spec: SourceSpec, output: Path, options: ExportOptions, overwrite: bool, progress: Progress, report: dict[str, Any]
 ) -> Bundle:
-    result = export_bundle(
-        spec,
-        output,
-        options,
-        overwrite=overwrite,
-        on_event=lambda e: progress.report(e["stage"], e["step"], e["total"], e["detail"]),
-    )
-    manifest = result.bundle.manifest
-    progress.line("checkpoint", f"{manifest.checkpoint.origin}; {manifest.checkpoint.licence}")
-    for stage, cost in result.stages.items():
-        progress.line(stage, f"{cost['seconds']:6.1f} s   peak {cost['peak_bytes'] / 1e9:.1f} GB")
-    progress.line("verify", _verification_summary(manifest.verification))
+    def on_event(event: dict[str, Any]) -> None:
+        if cost := event.get("cost"):
+            progress.line(event["stage"], f"{cost['seconds']:6.1f} s   peak {cost['peak_bytes'] / 1e9:.1f} GB")
+        else:
+            progress.report(event["stage"], event["step"], event["total"], event["detail"])
+
+    result = export_bundle(spec, output, options, overwrite=overwrite, on_event=on_event)
+    progress.line("verify", _verification_summary(result.bundle.manifest.verification))
     report["stages"] = result.stages
     return result.bundle
 
@@ -162,7 +167,10 @@ def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progre
     try:
         profile = _profile(ranges, bundle.manifest.config)
         bundle, record = add_built_engine(
-            bundle, builder, profile, progress=lambda phase, step, total: progress.report("engine", step, total, phase)
+            bundle,
+            builder,
+            profile,
+            progress=lambda phase, step, total: progress.report("engine", 0, 0, f"{phase} {step}/{total}"),
         )
     except (Moe3dError, KeyboardInterrupt):
         progress.line("bundle", f"{bundle.path} is complete, without this engine")
@@ -174,6 +182,7 @@ def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progre
         f"{build['seconds']:6.1f} s   peak {build['peak_bytes'] / 1e9:.1f} GB   "
         f"{record.builder} {record.builder_version}, {capabilities}",
     )
+    progress.line("audit", record.audit["summary"])
     report["engine"] = {"file": record.file, **build}
     return bundle
 

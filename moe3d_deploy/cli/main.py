@@ -7,7 +7,9 @@ when that sub-command runs, so help and version are quick and need none of the h
 import copy
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from moe3d_deploy import __version__
-from moe3d_deploy.errors import MissingExtraError, Moe3dError
-
-# Which extra brings a package that a sub-command may find missing.
-EXTRA_OF = {"torch": "export", "safetensors": "export", "onnx": "export", "onnxruntime": "cpu"}
+from moe3d_deploy.errors import EXTRA_OF, MissingExtraError, Moe3dError
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _INTERNAL_MESSAGE_CHARACTERS = 500  # ONNX and TensorRT can write pages
@@ -41,7 +40,7 @@ COMMANDS: dict[str, Entry] = {
         "moe3d_deploy.cli.export:export_command",
         "Export a preset, checkpoint or bundle to a verified bundle",
     ),
-    "run": Entry("moe3d_deploy.cli.run:run_command", "Run a bundle on images, a folder or a video"),
+    "run": Entry("moe3d_deploy.cli.run:run_command", "Run a bundle on images or folders of them"),
     "inspect": Entry(
         "moe3d_deploy.cli.inspect:inspect_command",
         "Show what is in BUNDLE, after checking that it is whole",
@@ -55,12 +54,12 @@ COMMANDS: dict[str, Entry] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `moe3d` with `args` (default: those of the process) and return its exit code."""
-    return _finish("moe3d", lambda: _moe3d, args)
+    return finish("moe3d", lambda: _moe3d, args)
 
 
 def export_main(args: Sequence[str] | None = None) -> int:
     """Run `moe3d-export`, which is `moe3d export` under a name of its own, and return its exit code."""
-    return _finish("moe3d-export", lambda: _version_option("moe3d-export")(load_command("export")), args)
+    return finish("moe3d-export", lambda: _version_option("moe3d-export")(load_command("export")), args)
 
 
 def load_command(name: str) -> click.Command:
@@ -86,7 +85,7 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(name, entry.short_help) for name, entry in COMMANDS.items()])
 
 
-# `_finish` looks for --debug itself, as it has to know even if no command could be loaded to parse it.
+# `finish` looks for --debug itself, as it has to know even if no command could be loaded to parse it.
 _debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 
 
@@ -106,18 +105,24 @@ def _moe3d() -> None:
     """
 
 
-def _finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | None) -> int:
+def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | None = None) -> int:
     """Run the command that `load` returns as `name`; what it raises becomes stderr's last line and the exit code."""
     arguments = sys.argv[1:] if args is None else list(args)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else they end the process with its temporary files still there
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _terminate)
     try:
         result = load().main(arguments, prog_name=name, standalone_mode=False)
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()
         return result if isinstance(result, int) else 0  # an int is the code of ctx.exit()
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the program ends here, and says why
+    except click.ClickException as error:
+        click.echo(f"{name}: {' '.join(error.format_message().split())} (see {name} --help)", err=True)
+        return error.exit_code
+    except (Exception, KeyboardInterrupt, _TerminatedError) as error:  # noqa: BLE001  the program ends here, and says why
         _abandon_stdout()
         # click hides an interrupt, and an EOFError of whatever origin, behind Abort
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
@@ -130,12 +135,22 @@ def _finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | 
         return code
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM or SIGHUP, its number in args; like KeyboardInterrupt no Exception, so that nothing catches it midway."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _TerminatedError(number)
+
+
 def _describe(error: BaseException) -> tuple[str, int]:
     """The message for `error` and the exit code that goes with it."""
     if isinstance(error, Moe3dError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130  # 128 + SIGINT, as shells have it
+    if isinstance(error, _TerminatedError):
+        return "terminated", 128 + error.args[0]
     if isinstance(error, click.Abort):
         return "aborted", 1
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:

@@ -24,15 +24,17 @@ class Progress:
             context.call_on_close(lambda: self._rewrite(""))
 
     def report(self, stage: str, step: int, total: int, detail: str = "") -> None:
-        """`step` of `total` parts of `stage` are done."""
+        """`step` of `total` parts of `stage` are done; a total of 0 is unknown and has no bar."""
         if stage != self._stage:
             self._stage, self._started = stage, time.monotonic()
         if not self._terminal:
             return
-        share = step / max(total, 1)
-        bar = "█" * int(_BAR * share) + "░" * (_BAR - int(_BAR * share))
+        bar = ""
+        if total:
+            share = step / total
+            bar = "█" * int(_BAR * share) + "░" * (_BAR - int(_BAR * share)) + f" {100 * share:3.0f} %  "
         seconds = time.monotonic() - self._started
-        self._rewrite(f"{stage:<{_LABEL}} {bar} {100 * share:3.0f} %  {seconds:4.0f} s  {detail}")
+        self._rewrite(f"{stage:<{_LABEL}} {bar}{seconds:4.0f} s  {detail}")
 
     def line(self, label: str, text: str) -> None:
         """A line that stays; a bar in its place goes."""
