@@ -53,9 +53,10 @@ def test_an_export_from_the_command_line_and_its_bytes(tmp_path: Path, capsys: C
     assert list(report["stages"]) == ["export"]
     assert report["stages"]["export"]["peak_bytes"] > 1e8
     lines = err.splitlines()
-    assert lines[0] == "checkpoint   seeded:small seed 0; seeded random weights, no licence"
-    assert lines[1].startswith("export       ")
-    assert lines[2] == "verify       skipped (--no-verify); the manifest says so"
+    assert lines[0] == "checkpoint   seeded:small seed 0, 0.2 M parameters, 2 experts"
+    assert lines[1] == "licence      seeded random weights, no licence"
+    assert lines[2].startswith("export       ")
+    assert lines[3] == "verify       skipped (--no-verify); the manifest says so"
     assert bundle.manifest.verification.status == "skipped"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["again"]
     for name in ("model.onnx", "model.onnx.data"):
@@ -82,7 +83,8 @@ def test_ctrl_c_ends_the_command_with_one_line_and_nothing_left(tmp_path: Path) 
 
     assert process.returncode == 130
     assert out == ""
-    assert [line for line in err.splitlines() if line] == ["moe3d-export: interrupted"]
+    assert err.splitlines()[-1] == "moe3d-export: interrupted"
+    assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,7 +125,9 @@ class Calls:
         on_event({"stage": "export", "step": 1, "total": 5, "detail": "trace"})
         if error := self.fail.get("export"):
             raise error
-        return ExportReport(exports.bundle().report.bundle, {"export": {"seconds": 12.25, "peak_bytes": 3.2e9}})
+        cost = {"seconds": 12.25, "peak_bytes": 3.2e9}
+        on_event({"stage": "export", "step": 5, "total": 5, "detail": "", "cost": cost})
+        return ExportReport(exports.bundle().report.bundle, {"export": cost})
 
     def add_built_engine(
         self, bundle: Bundle, builder: str, shapes: ShapeProfile, *, progress: Any
@@ -134,7 +138,10 @@ class Calls:
             raise error
         build = {"seconds": 51.2, "peak_bytes": 2_200_000_000}
         profile = Profile(shapes.min, shapes.opt, shapes.max)
-        record = EngineRecord("engines/e.plan", "tensorrt-rtx", "1.7.1", (80, 89), "fp16", (profile,), build=build)
+        audit = {"summary": "3 layers of 4 in fp16"}
+        record = EngineRecord(
+            "engines/e.plan", "tensorrt-rtx", "1.7.1", (80, 89), "fp16", (profile,), audit=audit, build=build
+        )
         return bundle, record
 
 
@@ -152,7 +159,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     [
         ((), ExportOptions(PrecisionPolicy("fp16"))),
         (("--precision", "fp32"), ExportOptions(PrecisionPolicy("fp32"))),
-        (("--fp32-heads",), ExportOptions(PrecisionPolicy("fp16", half_heads=False))),
+        (("--precision", "fp16-fp32heads"), ExportOptions(PrecisionPolicy("fp16-fp32heads"))),
         (("--no-merge",), ExportOptions(merge=False)),
         (("--no-verify",), ExportOptions(verify=False)),
         (("--outputs", "pose_enc,expert_weights"), ExportOptions(outputs=("pose_enc", "expert_weights"))),
@@ -196,13 +203,15 @@ def test_the_report_says_what_was_done_and_what_comes_next(calls: Calls, tmp_pat
     path = exports.bundle().path
     assert out == f"moe3d run {path} IMAGES... -o out\n"
     lines = err.splitlines()
-    assert lines[0] == "checkpoint   seeded:small seed 0; seeded random weights, no licence"
-    assert lines[1] == "export         12.2 s   peak 3.2 GB"
-    assert lines[2].startswith("verify       6 shapes, depth off by max ")
-    assert lines[2].endswith("(limits: max 0.01, mean 0.001)")
-    assert lines[3] == "engine         51.2 s   peak 2.2 GB   tensorrt-rtx 1.7.1, sm80 sm89"
-    assert lines[4].startswith(f"bundle       {path}: 2 files, ")
-    assert len(lines) == 5
+    assert lines[0] == "checkpoint   preset:moe3d-tiny seed 0, 5.5 M parameters, 4 experts"
+    assert lines[1] == "licence      seeded random weights, no licence"
+    assert lines[2] == "export         12.2 s   peak 3.2 GB"
+    assert lines[3].startswith("verify       6 shapes, depth off by max ")
+    assert lines[3].endswith("(limits: max 0.01, mean 0.001)")
+    assert lines[4] == "engine         51.2 s   peak 2.2 GB   tensorrt-rtx 1.7.1, sm80 sm89"
+    assert lines[5] == "audit        3 layers of 4 in fp16"
+    assert lines[6].startswith(f"bundle       {path}: 2 files, ")
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize("error", [EngineError("the builder was killed"), KeyboardInterrupt()])
@@ -224,7 +233,7 @@ def test_a_failed_engine_says_that_the_bundle_is_complete(
 def test_a_failed_export_is_one_line_and_code_1(calls: Calls, tmp_path: Path, capsys: Capture) -> None:
     calls.fail["export"] = ExportError("verification failed: depth is off")
     assert export_main(["moe3d-tiny", "-o", str(tmp_path / "bundle")]) == 1
-    assert capsys.readouterr() == ("", "moe3d-export: verification failed: depth is off\n")
+    assert error_of(capsys) == "moe3d-export: verification failed: depth is off"
     assert calls.engines == []
 
 
@@ -242,17 +251,15 @@ def test_a_failed_export_is_one_line_and_code_1(calls: Calls, tmp_path: Path, ca
         (["moe3d-tiny", "-o", "{out}", "--width", "140:150"], "--width 140:150:150: 150 is not a multiple of the"),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "normals"], "output 'normals' cannot be exported; choose from "),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "expert_depths"], "output 'expert_depths' cannot be exported"),
-        (["no-such-thing", "-o", "{out}"], "no-such-thing: no such file or folder, nor a preset"),
+        (["no-such-thing", "-o", "{out}"], "no-such-thing: no such bundle or checkpoint, nor a preset (vggt-1b, "),
+        (["moe3d-tiny", "-o", "{out}", "--builder", "none", "--views", "2"], "--views is a shape of an engine and "),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_code_2_before_any_work(
     arguments: list[str], message: str, calls: Calls, tmp_path: Path, capsys: Capture
 ) -> None:
     assert export_main([argument.format(out=tmp_path / "bundle") for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith(f"moe3d-export: {message}")
+    assert error_of(capsys).startswith(f"moe3d-export: {message}")
     assert (calls.exports, calls.engines) == ([], [])
     assert list(tmp_path.iterdir()) == []
 
@@ -270,7 +277,6 @@ def test_bad_input_is_one_line_and_code_2_before_any_work(
             for flags in (
                 ["--precision", "fp32"],
                 ["--precision", "fp16"],
-                ["--fp32-heads"],
                 ["--outputs", "pose_enc"],
                 ["--no-merge"],
                 ["--no-verify"],

@@ -1,5 +1,6 @@
 """README and docs hold what they say: links lead somewhere, commands parse, Python runs, tables come from results."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,9 @@ import click
 import pytest
 
 from moe3d_deploy.benchmarks import tables
+from moe3d_deploy.checkpoint import model_shapes
 from moe3d_deploy.cli.main import load_command
+from moe3d_deploy.config import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = tables.documents(ROOT)
@@ -68,6 +71,14 @@ def test_the_python_of_the_model_page_runs() -> None:
     scope: dict[str, object] = {}
     exec(compile(block, "docs/model.md", "exec"), scope)
     assert scope["out"]["depth"].shape == (1, 2, 168, 252)  # type: ignore[index]
+
+
+def test_the_parameter_counts_of_the_model_page_are_the_models() -> None:
+    page = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+    for name, text in (("vggt-1b", "1,190.6 M"), ("moe3d-tiny", "5.5 M")):
+        count = sum(math.prod(shape) for shape in model_shapes(PRESETS[name]).values())
+        assert f"{count / 1e6:,.1f} M" == text
+        assert text in page
 
 
 def test_the_tables_are_those_of_the_results() -> None:

@@ -376,7 +376,7 @@ def test_the_file_computes_what_the_trained_form_does_in_pytorch(file: str, shap
 
     found, expected = exported.run(images), exported.reference(images)
 
-    require_within(file, errors(found, expected), Limits.of("fp32"))
+    require_within(file, errors(found, expected), Limits.of("fp32"), "")
     assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
     assert np.isfinite(found["depth"]).all()
     assert found["depth"].std() > 0.01 * found["depth"].mean()  # a flat map would hide faults
@@ -387,7 +387,7 @@ def test_the_half_file_is_within_the_limits_of_half(shape: tuple[int, int, int, 
     exported = exports.bundle().exported
     images = images_for(shape, MOE.patch_size)
     error = errors(exported.run(images), exported.reference(images))
-    require_within("fp16", error, Limits.of("fp16"))
+    require_within("fp16", error, Limits.of("fp16"), "")
     assert error["depth"]["max"] > 5e-5  # it is in half indeed
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -104,10 +105,8 @@ def test_the_manifest_holds_the_headroom_of_the_half_tensors() -> None:
     headroom = exports.bundle().report.bundle.manifest.verification.headroom
     assert headroom["limit"] == 0.5
     assert headroom["tensors"] > 50
-    shares = list(headroom["largest"].values())
-    assert len(shares) == 10
-    assert shares == sorted(shares, reverse=True)
-    assert 0 < shares[0] < 0.5
+    assert len(headroom["largest"]) == headroom["tensors"]
+    assert 0 < max(headroom["largest"].values()) < 0.5
 
 
 def test_the_recorded_errors_are_those_of_the_file_in_the_bundle() -> None:
@@ -132,6 +131,8 @@ def test_progress_goes_through_the_stages_in_order() -> None:
         assert {event["total"] for event in own} == {steps[-1]}
     phases = [event["detail"] for event in events if event["stage"] == "export" and event["detail"]]
     assert phases == ["load", "trace", "translate", "write", "check"]
+    costs = {event["stage"]: event["cost"] for event in events if "cost" in event}
+    assert costs == exports.bundle().report.stages
 
 
 def test_the_report_has_time_and_memory_of_each_stage() -> None:
@@ -209,7 +210,9 @@ class Stages:
         self.ran: list[str] = []
         self.folders: set[Path] = set()
 
-    def run(self, function: str, request: dict[str, Any], *, on_event: Any, failure: type[Moe3dError]) -> ChildResult:
+    def run(
+        self, function: str, request: dict[str, Any], *, title: str, on_event: Any, failure: type[Moe3dError]
+    ) -> ChildResult:
         assert failure is ExportError
         name = function.partition(":")[2]
         self.ran.append(name)
@@ -310,7 +313,7 @@ FAILURES: list[tuple[str, Change, type[BaseException], str]] = [
     ("export_stage", raising(KeyboardInterrupt()), KeyboardInterrupt, ""),
     (
         "export_stage",
-        lambda facts, arrays: facts["checkpoint"].update({"origin": "/home/me"}),
+        lambda facts, arrays: facts["checkpoint"].update({"origin": "/data/me"}),
         BundleError,
         ".*not a path",
     ),
@@ -327,7 +330,12 @@ FAILURES: list[tuple[str, Change, type[BaseException], str]] = [
         "verification failed: tensor 'depth_head.projects.0: convolution' reaches 0.6",
     ),
     ("rounded", shares(math.inf), ExportError, "verification failed: tensor .* reaches inf"),
-    ("rounded", raising(OSError(28, "No space left on device")), OSError, r"\[Errno 28\]"),
+    (
+        "rounded",
+        raising(OSError(28, "No space left on device")),
+        ExportError,
+        "stage round of the export could not write: No space left on device; make room, or choose another -o$",
+    ),
 ]
 
 
@@ -401,14 +409,14 @@ def test_a_folder_that_cannot_be_is_refused_before_any_work(stages: Stages, tmp_
 
 
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
-    find, version = pipeline.find_spec, importlib.metadata.version
+    find, version = importlib.util.find_spec, importlib.metadata.version
 
     def missing(name: str) -> str:
         if name in packages:
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(pipeline, "find_spec", lambda name: None if name in packages else find(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
     monkeypatch.setattr(importlib.metadata, "version", missing)
 
 

@@ -199,7 +199,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs the stages here, where a fault can be planted, and lists them. A child would load the true model."""
     stages: list[str] = []
 
-    def run_here(function: str, request: dict[str, Any], *, on_event: Any, failure: type[Moe3dError]) -> ChildResult:
+    def run_here(
+        function: str, request: dict[str, Any], *, title: str, on_event: Any, failure: type[Moe3dError]
+    ) -> ChildResult:
         module, _, name = function.partition(":")
         stages.append(name)
         stage = getattr({pipeline.__name__: pipeline, verify.__name__: verify}[module], name)

@@ -51,12 +51,18 @@ def test_a_bar_rewrites_its_line(attach: Callable[[], Terminal]) -> None:
     assert terminal.getvalue().count("\n") == 0
 
 
-@pytest.mark.parametrize(("step", "total", "full"), [(1, 4, 6), (1, 1000, 0), (999, 1000, 23), (0, 0, 0), (3, 3, 24)])
+@pytest.mark.parametrize(("step", "total", "full"), [(1, 4, 6), (1, 1000, 0), (999, 1000, 23), (3, 3, 24)])
 def test_a_bar_is_full_only_at_the_end(step: int, total: int, full: int, attach: Callable[[], Terminal]) -> None:
     terminal = attach()
     Progress().report("round", step, total)
     assert terminal.screen()[0].count("█") == full
     assert terminal.screen()[0].count("░") == 24 - full
+
+
+def test_a_stage_of_unknown_length_has_a_clock_and_no_bar(attach: Callable[[], Terminal]) -> None:
+    terminal = attach()
+    Progress().report("engine", 0, 0, "Building 3/7")
+    assert terminal.screen() == ["engine          0 s  Building 3/7"]
 
 
 def test_the_clock_starts_anew_with_each_stage(attach: Callable[[], Terminal], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from moe3d_deploy.cli.notices import warnings_as_lines
 from moe3d_deploy.errors import require
 
 if TYPE_CHECKING:
@@ -87,8 +86,7 @@ def convert_command(
 
     from moe3d_deploy import checkpoint
 
-    with warnings_as_lines():
-        opened = checkpoint.open_checkpoint(source, seed=seed, allow_pickle=allow_pickle)
+    opened = checkpoint.open_checkpoint(source, seed=seed, allow_pickle=allow_pickle)
     weights = opened
     if not keep_vggt:
         weights = checkpoint.convert_to_moe(

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from moe3d_deploy import __version__
+from moe3d_deploy.cli.notices import warnings_as_lines
 from moe3d_deploy.errors import EXTRA_OF, MissingExtraError, Moe3dError
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
@@ -112,7 +113,8 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
     try:
-        result = load().main(arguments, prog_name=name, standalone_mode=False)
+        with warnings_as_lines():
+            result = load().main(arguments, prog_name=name, standalone_mode=False)
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()
         return result if isinstance(result, int) else 0  # an int is the code of ctx.exit()
