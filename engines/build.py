@@ -43,17 +43,20 @@ def build(
 ) -> dict[str, Any]:
     """Build an engine into `out_path`, a temporary name the caller renames, and return its record for the manifest.
 
-    precision   what the graph was exported with; recorded beside the audit, never turned into a builder flag
+    precision   what the graph was exported with; recorded, never turned into a builder flag
     progress    progress(phase, step, total) in this thread, at least every REPEAT_SECONDS; raise in it to cancel
 
     The record has builder, builder_version, compute_capabilities (89 is 8.9), precision, profiles, plugin, audit and
-    build. On any failure, an interrupt included, the process is stopped and `out_path` is removed.
+    build. Its audit holds what is there, which engines.audit compares with what was asked for.
+    On any failure, an interrupt included, the process is stopped and `out_path` is removed.
     Raises InputError, MissingExtraError or EngineError.
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     builder = resolve_builder(builder)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file; give an ONNX file")
+    if workspace_bytes is not None and workspace_bytes < 1:
+        raise InputError(f"workspace of {workspace_bytes} bytes: give a positive number, or none for the builder's own")
     request = {
         "onnx_path": str(onnx_path.absolute()),
         "out_path": str(out_path.absolute()),
@@ -72,13 +75,16 @@ def build(
             progress(event["phase"], event["step"], event["total"])
 
     try:
-        child = run_in_child(f"{__name__}:build_in_child", request, on_event=on_event, failure=_BuilderDied)
+        child = run_in_child(
+            f"{__name__}:build_in_child", request, title="the builder", on_event=on_event, failure=_BuilderDied
+        )
     except BaseException as error:
         out_path.unlink(missing_ok=True)
         if isinstance(error, _BuilderDied):
             raise EngineError(
                 f"{onnx_path.name}: {error}. {trt.title(builder)} was at {last['phase']!r} with "
-                f"{last['peak_bytes'] / 1e9:.1f} GB; if memory ran short, lower the largest shape ({profile.label()})"
+                f"{last['peak_bytes'] / 1e9:.1f} GB; if memory ran short, lower the largest shape "
+                f"({'x'.join(map(str, profile.max))})"
             ) from None
         raise
     record = child.value
@@ -126,9 +132,8 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "builder_version": engine.builder_version,
         "compute_capabilities": [10 * major + minor for major, minor in engine.compute_capabilities],
         "profiles": [profile.as_dict()],
-        "plugin": None,
+        "plugin": {"layers": list(engine.facts.plugins)} if engine.facts.plugins else None,
         "audit": {
-            "strongly_typed": True,
             "tf32": request["tf32"],
             "network": dataclasses.asdict(engine.facts),
             "compiled": compiled_layers(engine.listing),
@@ -147,12 +152,14 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def compiled_layers(listing: str) -> dict[str, Any] | None:
     """Count the layers TensorRT-RTX lists after compiling, which it does without a GPU; None without a listing.
 
+    A listing in which no layer is found counts as one with none: it must not pass for an engine nobody can see into.
+
     layers            kind (gemm, correlation = convolution, kgen = generated kernel, ...) -> type of the first
                       input -> count
     fused_attention   kernels that hold a whole attention, both matmuls and the softmax
     """
     found = re.findall(r"^\s*Name: (.+?), LayerType: (\w+), Inputs: \[(.*?)\], Constants: ", listing, re.MULTILINE)
-    if not found:
+    if not listing:
         return None
     layers: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for _, kind, inputs in found:

@@ -68,15 +68,6 @@ class ShapeProfile:
         """The JSON form of the manifest: min, opt and max, each batch, views, height, width."""
         return {"min": list(self.min), "opt": list(self.opt), "max": list(self.max)}
 
-    def label(self) -> str:
-        """A file-name part such as `1-4-8x392x518`: views, height, width; scenes first when there can be several.
-
-        Each is min-opt-max, or one number where the three are equal.
-        """
-        axes = list(zip(self.min, self.opt, self.max, strict=True))
-        shown = axes if self.max[0] > 1 else axes[1:]
-        return "x".join("-".join(map(str, axis if len(set(axis)) > 1 else axis[:1])) for axis in shown)
-
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether an engine of this profile runs `shape` = (batch, views, height, width)."""
         if len(shape) != 4 or any(size % self.patch_size for size in shape[2:]):

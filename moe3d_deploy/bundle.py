@@ -5,19 +5,20 @@ The specification is docs/bundle.md. No file of a bundle is interpreted here but
 
 import os
 import re
-import secrets
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from moe3d_deploy.bundle_files import check_file, check_folder, check_model, entry_of, read_manifest, regular_files
+from moe3d_deploy.bundle_staging import clean_up, leftovers, sibling, writer_lock
 from moe3d_deploy.errors import BundleError, InputError
-from moe3d_deploy.files import atomic_path, atomic_write, exclusive_lock, remove_partials, sha256_file, sync
-from moe3d_deploy.manifest import MANIFEST_NAME, MAX_BYTES, EngineRecord, FileEntry, Manifest, Profile, check_name
+from moe3d_deploy.files import atomic_path, atomic_write, remove_partials, sync
+from moe3d_deploy.manifest import MANIFEST_NAME, EngineRecord, Manifest, Profile, check_name
+
+Verify = Literal["full", "sizes"]
 
 _BUILDER_TAGS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 
@@ -30,21 +31,44 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: Literal["full", "sizes"] = "full") -> "Bundle":
-        """Check a bundle before anything else reads from it; "sizes" leaves out the digests.
+    def open(cls, path: Path | str, *, verify: Verify = "full", engines: bool = True) -> "Bundle":
+        """Check a bundle before anything else reads from it; see `check` for the arguments.
 
         Raises BundleError, naming the file and the remedy, for a folder or manifest that is missing or damaged.
         """
-        if verify not in ("full", "sizes"):
-            raise InputError(f"verify is {verify!r}; use 'full' or 'sizes'")
         path = Path(path)
-        try:
-            manifest = _read_manifest(path)
-            for name, entry in manifest.files.items():
-                _check_file(path, name, entry, digest=verify == "full")
-        except OSError as error:
-            raise BundleError(f"bundle {path} cannot be read: {error}; check its rights or copy it again") from error
-        return cls(path, manifest)
+        with _read_errors(path):
+            bundle = cls(path, read_manifest(path))
+        bundle.check(verify=verify, engines=engines)
+        return bundle
+
+    def check(self, *, verify: Verify = "full", engines: bool = True) -> None:
+        """Check the files that the manifest names and where the ONNX file has its weights.
+
+        verify    "sizes" leaves out the digests
+        engines   False leaves out the engines, for a reader that runs the ONNX file: they may be damaged or missing
+
+        Raises BundleError, naming the file and the remedy.
+        """
+        _check_verify(verify)
+        left_out = set() if engines else {engine.file for engine in self.manifest.engines}
+        with _read_errors(self.path):
+            for name, entry in self.manifest.files.items():
+                if name not in left_out:
+                    check_file(self.path, name, entry, digest=verify == "full")
+            check_model(self.path, self.manifest)
+
+    def engine_faults(self, verify: Verify = "full") -> dict[str, str]:
+        """What is wrong with which engine: file name -> one line; empty where all are whole."""
+        _check_verify(verify)
+        faults = {}
+        with _read_errors(self.path):
+            for engine in self.manifest.engines:
+                try:
+                    check_file(self.path, engine.file, self.manifest.files[engine.file], digest=verify == "full")
+                except BundleError as error:
+                    faults[engine.file] = str(error)
+        return faults
 
     @property
     def model_path(self) -> Path:
@@ -82,11 +106,11 @@ class BundleWriter:
     def __enter__(self) -> "BundleWriter":
         """Raises BundleError when another writer is at work on the same bundle."""
         with _os_errors(self._given), ExitStack() as stack:
-            stack.enter_context(_writer_lock(self._final))
-            stack.callback(_clean_up, self._final)
-            _clean_up(self._final)
+            stack.enter_context(writer_lock(self._final))
+            stack.callback(clean_up, self._final)
+            clean_up(self._final)
             self._check_destination()
-            folder = _sibling(self._final, "partial")
+            folder = sibling(self._final, "partial")
             folder.mkdir()
             self._folder = folder
             self._stack = stack.pop_all()
@@ -114,11 +138,13 @@ class BundleWriter:
         folder = self.folder
         with _os_errors(self._given):
             files = {}
-            for name in _regular_files(folder):
+            for name in regular_files(folder):
                 check_name(name, "staged file")
                 sync(folder / name)
-                files[name] = _entry(folder / name)
+                files[name] = entry_of(folder / name)
             manifest = replace(manifest, files=files)
+            manifest.to_json()  # raises for a manifest that no reader accepts
+            check_model(folder, manifest)
             for parent in {folder / parent for name in files for parent in Path(name).parents}:
                 sync(parent)
             _write_manifest(folder, manifest)
@@ -129,7 +155,7 @@ class BundleWriter:
 
     def _move_in_place(self, folder: Path) -> None:
         if (self._final / MANIFEST_NAME).exists():
-            self._final.rename(_sibling(self._final, "old"))  # whatever ends us here, _clean_up puts it back
+            self._final.rename(sibling(self._final, "old"))  # whatever ends us here, _clean_up puts it back
         folder.rename(self._final)
         sync(self._final.parent)
 
@@ -147,37 +173,71 @@ class BundleWriter:
             raise InputError(f"bundle {given} exists; choose another name or ask for it to be overwritten")
 
 
-def add_engine(path: Path | str, record: EngineRecord, build: Callable[[Path], EngineRecord | None]) -> Bundle:
+def is_bundle(path: Path | str) -> bool:
+    """Whether `path` is to be opened as a bundle, whole or not: a checkpoint or another folder is none.
+
+    A folder with a manifest, one that has lost it (a bundle's file and no checkpoint), or one that a killed writer
+    has moved aside; `Bundle.open` says what is wrong with the last two.
+    """
+    path = Path(path)
+    if os.path.lexists(path / MANIFEST_NAME):
+        return True
+    if os.path.isdir(path):
+        return os.path.isfile(path / "model.onnx") and not os.path.isfile(path / "model.safetensors")
+    return not os.path.lexists(path) and bool(leftovers(Path(os.path.realpath(path)), "old"))
+
+
+def add_engine(
+    path: Path | str,
+    record: EngineRecord,
+    build: Callable[[Path, Manifest], EngineRecord | None],
+    *,
+    on_drop: Callable[[str], None] | None = None,
+) -> Bundle:
     """Add the engine that `build` writes to the path it is given, replacing one of the same file name.
 
-    `build` may return the record to store, for what is known only afterwards (audit, times); it names the same file.
-    Whatever happens and whenever the process ends, the bundle stays valid: without the engine or with it.
+    build     gets the path and the manifest as it is under the lock; may return the record to store, for what is
+              known only afterwards (audit, times): it names the same file
+    on_drop   gets the file name of each record that went because its engine is missing or has another size
+
+    Whatever happens and whenever the process ends, the bundle stays usable: without the engine or with it.
     Raises BundleError for a bundle that cannot be used or that another writer is at work on.
     """
     path = Path(path)
-    _check_folder(path)
-    with _os_errors(path), _writer_lock(Path(os.path.realpath(path))):
-        manifest = Bundle.open(path, verify="sizes").manifest
+    check_folder(path)
+    with _os_errors(path), writer_lock(Path(os.path.realpath(path))):
+        before = Bundle.open(path, verify="sizes", engines=False)
+        dropped = before.engine_faults("sizes").keys() - {record.file}
+        manifest = _without(before.manifest, dropped)
         final = path / record.file
         final.parent.mkdir(parents=True, exist_ok=True)
         for folder in (path, final.parent):
             remove_partials(folder)
-        others = tuple(engine for engine in manifest.engines if engine.file != record.file)
-        files = {name: entry for name, entry in manifest.files.items() if name != record.file}
+        others = _without(manifest, {record.file})
         with atomic_path(final) as temp:
-            built = build(temp) or record
+            built = build(temp, manifest) or record
             if built.file != record.file:
                 raise InputError(f"engine {record.file} came back as {built.file}; keep its file name")
-            entry = _entry(temp)
+            entry = entry_of(temp)
             if entry.size == 0:
                 raise BundleError(f"engine {record.file} is empty; build it again")
-            engines = tuple(sorted((*others, built), key=lambda engine: engine.file))
-            manifest_after = replace(manifest, engines=engines, files={**files, record.file: entry})
+            engines = tuple(sorted((*others.engines, built), key=lambda engine: engine.file))
+            manifest_after = replace(manifest, engines=engines, files={**others.files, record.file: entry})
             manifest_after.to_json()  # a record that no reader accepts stops here, before anything has changed
             if record.file in manifest.files:  # the old entry must not meet the new file
-                _write_manifest(path, replace(manifest, engines=others, files=files))
+                _write_manifest(path, others)
         _write_manifest(path, manifest_after)
+    if on_drop:
+        for name in sorted(dropped):
+            on_drop(name)
     return Bundle(path, manifest_after)
+
+
+def _without(manifest: Manifest, names: Collection[str]) -> Manifest:
+    """The manifest without these engines."""
+    engines = tuple(engine for engine in manifest.engines if engine.file not in names)
+    files = {name: entry for name, entry in manifest.files.items() if name not in names}
+    return replace(manifest, engines=engines, files=files)
 
 
 def engine_name(
@@ -205,65 +265,17 @@ def engine_name(
     return name
 
 
-def _read_manifest(path: Path) -> Manifest:
-    _check_folder(path)
-    manifest_path = path / MANIFEST_NAME
-    if not os.path.lexists(manifest_path):
-        raise BundleError(f"{path} has no {MANIFEST_NAME}, so it is not a bundle; give the folder that was exported")
-    if MANIFEST_NAME not in _regular_files(path):
-        raise BundleError(f"{manifest_path} is not a regular file; copy the bundle again")
-    if (size := manifest_path.stat().st_size) > MAX_BYTES:
-        raise BundleError(f"{manifest_path} has {size} bytes, more than {MAX_BYTES}; copy the bundle again")
+def _check_verify(verify: str) -> None:
+    if verify not in ("full", "sizes"):
+        raise InputError(f"verify is {verify!r}; use 'full' or 'sizes'")
+
+
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
     try:
-        text = manifest_path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        raise BundleError(f"{manifest_path} is not UTF-8 text; copy the bundle again") from None
-    return Manifest.from_json(text, source=str(manifest_path))
-
-
-def _check_folder(path: Path) -> None:
-    if path.is_dir():
-        return
-    if path.exists():
-        raise BundleError(f"bundle {path} is not a folder; give the folder that was exported")
-    if old := _leftovers(Path(os.path.realpath(path)), "old"):
-        raise BundleError(f"bundle {path} was moved aside for a new one that did not come; rename {old[0]} to it")
-    raise BundleError(f"bundle {path} does not exist; give the folder that was exported")
-
-
-def _regular_files(folder: Path) -> list[str]:
-    """The files below a folder by their relative names, sorted. Raises BundleError for a link or a special file."""
-    names, folders = [], [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    raise BundleError(f"{entry.path} is a link, which no bundle has; copy the bundle again with cp -rL")
-                if entry.is_dir():
-                    folders.append(Path(entry.path))
-                elif entry.is_file():
-                    names.append(Path(entry.path).relative_to(folder).as_posix())
-                else:
-                    raise BundleError(f"{entry.path} is neither a file nor a folder; copy the bundle again")
-    return sorted(names)
-
-
-def _check_file(folder: Path, name: str, entry: FileEntry, digest: bool) -> None:
-    file = folder / name
-    try:
-        status = file.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{file} is missing; copy the bundle again") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise BundleError(f"{file} is not a regular file; copy the bundle again")
-    if status.st_size != entry.size:
-        raise BundleError(f"{file} has {status.st_size} bytes, not {entry.size}; copy the bundle again")
-    if digest and sha256_file(file) != entry.sha256:
-        raise BundleError(f"{file} is damaged: its SHA-256 is not the manifest's; copy the bundle again")
-
-
-def _entry(file: Path) -> FileEntry:
-    return FileEntry(size=file.stat().st_size, sha256=sha256_file(file))
+        yield
+    except OSError as error:
+        raise BundleError(f"bundle {path} cannot be read: {error}; check its rights or copy it again") from error
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -276,36 +288,3 @@ def _os_errors(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise BundleError(f"bundle {path} cannot be written: {error}; check space and rights, then repeat") from error
-
-
-@contextmanager
-def _writer_lock(final: Path) -> Iterator[None]:
-    """One writer at a time for one bundle name. The lock lies beside the bundle, which is replaced as a whole."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_lock(final.with_name(f".{final.name}.lock")))
-        except BlockingIOError:
-            raise BundleError(f"bundle {final} is being written by another process; wait until it has ended") from None
-        yield
-
-
-def _sibling(final: Path, kind: str) -> Path:
-    return final.with_name(f".{final.name}.{kind}-{secrets.token_hex(8)}")
-
-
-def _leftovers(final: Path, kind: str) -> list[Path]:
-    pattern = re.compile(rf"{re.escape(f'.{final.name}.{kind}-')}[0-9a-f]{{16}}")
-    if not final.parent.is_dir():
-        return []
-    return [entry for entry in final.parent.iterdir() if pattern.fullmatch(entry.name)]
-
-
-def _clean_up(final: Path) -> None:
-    """Remove staged and replaced folders of this name; put the old bundle back if its successor never came."""
-    for folder in _leftovers(final, "partial"):
-        shutil.rmtree(folder)
-    for folder in _leftovers(final, "old"):
-        if (final / MANIFEST_NAME).exists():
-            shutil.rmtree(folder)
-        else:
-            folder.rename(final)

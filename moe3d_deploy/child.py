@@ -58,7 +58,7 @@ def run_in_child(
     """
     started = time.perf_counter()
     title = title or function
-    command = [sys.executable, "-c", _START, function]
+    command = [sys.executable, "-c", _START, function, str(os.getpid())]
     with tempfile.TemporaryFile() as log:
         # A session of its own: the terminal's Ctrl-C reaches the parent alone, which then stops the child.
         child = subprocess.Popen(
@@ -154,6 +154,8 @@ def _death_notice(title: str, code: int, log: IO[bytes]) -> str:
 
 def _main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[2]):  # the parent died before that took effect
+        sys.exit(1)
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is not part of the conversation
 

@@ -253,6 +253,7 @@ class Manifest:
             _require(bool(tensors), kind, "must not be empty")
             _require(len({tensor.name for tensor in tensors}) == len(tensors), kind, "has a name twice")
         _require("/" not in self.model_file, "model_file", "must lie in the bundle folder itself")
+        _require(self.model_file.endswith(".onnx"), "model_file", "must end in .onnx")
         _require(self.model_file in self.files, "model_file", f"{_show(self.model_file)} is not among the files")
         engines = [engine.file for engine in self.engines]
         _require(len(set(engines)) == len(engines), "engines", "has a file twice")

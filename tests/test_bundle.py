@@ -1,5 +1,6 @@
 """A bundle is checked before anything reads it, and appears whole or not at all, however its writer ends."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,14 +10,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 from test_manifest import ENGINE, example_engine, example_manifest
 
-from moe3d_deploy.bundle import Bundle, BundleWriter, add_engine, engine_name
+from moe3d_deploy.bundle import Bundle, BundleWriter, add_engine, engine_name, is_bundle
 from moe3d_deploy.errors import BundleError, InputError
-from moe3d_deploy.manifest import MANIFEST_NAME, MAX_BYTES, EngineRecord, Profile
+from moe3d_deploy.manifest import MANIFEST_NAME, MAX_BYTES, EngineRecord, Manifest, Profile
 
-OLD, NEW = b"old model", b"new model, longer"
+# Field 2 of an ONNX file, its producer's name: tag, length, text.
+OLD, NEW = b"\x12\x09old model", b"\x12\x11new model, longer"
 
 
 def write_bundle(path: Path, model: bytes = OLD, overwrite: bool = False) -> Bundle:
@@ -36,11 +39,11 @@ def bundle(tmp_path: Path) -> Path:
     return path
 
 
-def build_old(temp: Path) -> None:
+def build_old(temp: Path, manifest: Manifest) -> None:
     temp.write_bytes(b"old engine")
 
 
-def build_new(temp: Path) -> None:
+def build_new(temp: Path, manifest: Manifest) -> None:
     temp.write_bytes(b"new engine")
 
 
@@ -212,6 +215,100 @@ def test_a_name_too_long_for_the_file_system_is_refused(bundle: Path) -> None:
     files = json.loads((bundle / MANIFEST_NAME).read_text())["files"]
     edit_manifest(bundle, files={**files, "x" * 5000: {"size": 3, "sha256": "0" * 64}})
     assert "cannot be read" in refusal(bundle)
+
+
+def spoil(path: Path, how: str) -> None:
+    """Do something to the engine of `bundle`."""
+    if how == "no folder":
+        shutil.rmtree(path / "engines")
+    elif how == "missing":
+        (path / ENGINE).unlink()
+    elif how == "cut off":
+        os.truncate(path / ENGINE, 3)
+    else:
+        (path / ENGINE).write_bytes(b"OLD ENGINE")
+
+
+SPOILT = {
+    "no folder": "is missing",
+    "missing": "is missing",
+    "cut off": "has 3 bytes, not 10",
+    "damaged": "is damaged: its SHA-256 is not the manifest's",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_engine_does_not_matter_to_a_reader_of_the_onnx_file(bundle: Path, how: str) -> None:
+    spoil(bundle, how)
+    refusal(bundle)
+    opened = Bundle.open(bundle, engines=False)
+    assert opened.model_path.read_bytes() == OLD
+    remedy = "; copy the bundle again or build the engine again"
+    assert opened.engine_faults() == {ENGINE: f"{bundle / ENGINE} {SPOILT[how]}{remedy}"}
+    assert (opened.engine_faults("sizes") == {}) == (how == "damaged")
+
+
+def test_whole_engines_have_no_faults(bundle: Path) -> None:
+    assert Bundle.open(bundle).engine_faults() == {}
+
+
+def test_without_the_engines_their_names_and_the_model_are_still_checked(bundle: Path) -> None:
+    files = json.loads((bundle / MANIFEST_NAME).read_text())["files"]
+    (bundle / "model.onnx.data").write_bytes(b"WEIGHTS")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged"):
+        Bundle.open(bundle, engines=False)
+    edit_manifest(bundle, files={**files, "engines/../../a": files[ENGINE]})
+    with pytest.raises(BundleError, match="leads out of its folder"):
+        Bundle.open(bundle, engines=False)
+
+
+def test_what_is_to_be_opened_as_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoint" / "model.onnx").write_bytes(b"")
+    for other in ("checkpoint", "nothing", "x" * 5000):
+        assert not is_bundle(tmp_path / other)
+    assert not is_bundle("moe3d-tiny")
+    assert is_bundle(bundle)
+    (bundle / MANIFEST_NAME).rename(bundle / "kept")
+    assert is_bundle(str(bundle)), "it has lost its manifest, which Bundle.open says"
+    (bundle / MANIFEST_NAME).symlink_to("kept")
+    assert is_bundle(bundle), "its manifest is a link, which Bundle.open says"
+    bundle.rename(bundle.with_name(".bundle.old-0123456789abcdef"))
+    assert is_bundle(bundle), "it was moved aside, which Bundle.open says"
+
+
+def external(location: str) -> bytes:
+    """An ONNX file with one tensor whose values lie at `location`."""
+    tensor = onnx.TensorProto(name="w", dims=[1], data_type=1, data_location=1)
+    tensor.external_data.add(key="location", value=location)
+    return onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString()
+
+
+@pytest.mark.parametrize("verify", ["full", "sizes"])
+@pytest.mark.parametrize(
+    "location", ["stowaway", "./model.onnx.data", "../outside", "/etc/passwd", "", "manifest.json"]
+)
+def test_weights_in_a_file_that_the_manifest_does_not_name_are_refused(
+    bundle: Path, location: str, verify: str
+) -> None:
+    (bundle / "stowaway").write_bytes(b"1234")
+    write = external(location)
+    files = json.loads((bundle / MANIFEST_NAME).read_text())["files"]
+    (bundle / "model.onnx").write_bytes(write)
+    entry = {"size": len(write), "sha256": hashlib.sha256(write).hexdigest()}
+    edit_manifest(bundle, files={**files, "model.onnx": entry})
+    assert f"model.onnx has weights in {location!r}, which is not among the manifest's files" in refusal(bundle, verify)
+
+
+def test_weights_are_looked_for_before_a_bundle_is_committed(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "good", external("model.onnx.data"))
+    assert Bundle.open(tmp_path / "good")
+    with pytest.raises(BundleError, match=r"model\.onnx has weights in 'other\.data'"):
+        write_bundle(tmp_path / "bad", external("other.data"))
+    with pytest.raises(BundleError, match=r"model\.onnx is not an ONNX file: it ends too early"):
+        write_bundle(tmp_path / "bad", b"\x12\x7fcut off")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_an_unknown_way_to_verify_is_an_error(bundle: Path) -> None:
@@ -422,7 +519,7 @@ KILL_POINTS = {
     "before the manifest": "import moe3d_deploy.bundle as b; b._write_manifest = kill\n",
     "after the manifest": "BundleWriter._move_in_place = kill\n",
     "with the old one aside": "Path.rename = count\n",
-    "before the old one is removed": "import moe3d_deploy.bundle as b; b.shutil.rmtree = kill\n",
+    "before the old one is removed": "import shutil; shutil.rmtree = kill\n",
 }
 
 
@@ -517,8 +614,8 @@ def test_an_engine_is_added_beside_the_others_and_one_of_the_same_name_replaced(
 
 
 def test_what_is_known_only_after_the_build_goes_into_the_record(bundle: Path) -> None:
-    def build(temp: Path) -> EngineRecord:
-        build_new(temp)
+    def build(temp: Path, manifest: Manifest) -> EngineRecord:
+        build_new(temp, manifest)
         return replace(example_engine(), build={"seconds": 51.5})
 
     add_engine(bundle, example_engine(), build)
@@ -529,7 +626,7 @@ def test_what_is_known_only_after_the_build_goes_into_the_record(bundle: Path) -
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle: Path, error: type[BaseException]) -> None:
     before = content(bundle)
 
-    def fail(temp: Path) -> None:
+    def fail(temp: Path, manifest: Manifest) -> None:
         temp.write_bytes(b"half")
         raise error
 
@@ -540,8 +637,8 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle: Path, error: typ
 
 
 def test_an_engine_that_cannot_be_recorded_leaves_the_bundle_as_it_was(bundle: Path) -> None:
-    def build_another(temp: Path) -> EngineRecord:
-        build_new(temp)
+    def build_another(temp: Path, manifest: Manifest) -> EngineRecord:
+        build_new(temp, manifest)
         return example_engine("engines/other.plan")
 
     before = content(bundle)
@@ -549,16 +646,16 @@ def test_an_engine_that_cannot_be_recorded_leaves_the_bundle_as_it_was(bundle: P
     with pytest.raises(BundleError, match="not finite"):
         add_engine(bundle, record, build_new)
     with pytest.raises(BundleError, match="is empty; build it again"):
-        add_engine(bundle, example_engine(), lambda temp: temp.touch())
+        add_engine(bundle, example_engine(), lambda temp, manifest: temp.touch())
     with pytest.raises(BundleError, match=r"cannot be written: .*No such file"):
-        add_engine(bundle, example_engine(), lambda temp: None)
+        add_engine(bundle, example_engine(), lambda temp, manifest: None)
     with pytest.raises(InputError, match=r"came back as engines/other\.plan; keep its file name"):
         add_engine(bundle, example_engine(), build_another)
     assert content(bundle) == before
 
 
 def test_no_engine_is_added_to_a_bundle_that_is_missing_damaged_or_being_written(bundle: Path) -> None:
-    def never(temp: Path) -> None:
+    def never(temp: Path, manifest: Manifest) -> None:
         pytest.fail("the build was started")
 
     with pytest.raises(BundleError, match="does not exist"):
@@ -568,6 +665,55 @@ def test_no_engine_is_added_to_a_bundle_that_is_missing_damaged_or_being_written
     (bundle / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"model\.onnx is missing"):
         add_engine(bundle, example_engine(), never)
+
+
+@pytest.mark.parametrize("how", ["no folder", "missing", "cut off"])
+def test_an_engine_that_is_gone_does_not_stop_another_and_its_record_goes(bundle: Path, how: str) -> None:
+    kept = example_engine("engines/kept.plan")
+    if how != "no folder":
+        add_engine(bundle, kept, build_new)
+    spoil(bundle, how)
+    dropped: list[str] = []
+    added = add_engine(bundle, example_engine("engines/a.plan"), build_new, on_drop=dropped.append)
+    assert dropped == [ENGINE]
+    assert added == Bundle.open(bundle)
+    expected = ["engines/a.plan"] + (["engines/kept.plan"] if how != "no folder" else [])
+    assert [engine.file for engine in added.manifest.engines] == expected
+    assert ENGINE not in added.manifest.files
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_building_a_spoilt_engine_again_repairs_the_bundle(bundle: Path, how: str) -> None:
+    spoil(bundle, how)
+    dropped: list[str] = []
+    add_engine(bundle, example_engine(), build_new, on_drop=dropped.append)
+    assert dropped == []
+    assert Bundle.open(bundle).engine_path(example_engine()).read_bytes() == b"new engine"
+
+
+def test_a_failed_build_drops_no_record(bundle: Path) -> None:
+    def fail(temp: Path, manifest: Manifest) -> None:
+        raise RuntimeError
+
+    spoil(bundle, "missing")
+    before = content(bundle)
+    with pytest.raises(RuntimeError):
+        add_engine(bundle, example_engine("engines/a.plan"), fail, on_drop=pytest.fail)
+    assert content(bundle) == before
+
+
+def test_the_build_gets_the_manifest_as_it_is_under_the_lock(bundle: Path) -> None:
+    seen: list[Manifest] = []
+
+    def build(temp: Path, manifest: Manifest) -> None:
+        seen.append(manifest)
+        temp.write_bytes(b"engine")
+
+    with BundleWriter(bundle, overwrite=True) as writer:
+        (writer.folder / "model.onnx").write_bytes(NEW)
+        writer.commit(replace(example_manifest(), precision="fp32"))
+    add_engine(bundle, example_engine(), build)
+    assert [manifest.precision for manifest in seen] == ["fp32"]
 
 
 ENGINE_SCRIPT = """

@@ -15,7 +15,7 @@ from typing import Any
 import exports
 import pytest
 
-from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.bundle import Bundle, add_engine
 from moe3d_deploy.cli import export as command
 from moe3d_deploy.cli.main import export_main, main
 from moe3d_deploy.engines.shapes import ShapeProfile
@@ -117,6 +117,7 @@ class Calls:
         self.exports: list[tuple[SourceSpec, Path, ExportOptions, bool]] = []
         self.engines: list[tuple[str, ShapeProfile]] = []
         self.fail: dict[str, BaseException] = {}
+        self.dropped: list[str] = []
 
     def export_bundle(
         self, source: SourceSpec, path: Path, options: ExportOptions, *, overwrite: bool, on_event: Any
@@ -130,10 +131,12 @@ class Calls:
         return ExportReport(exports.bundle().report.bundle, {"export": cost})
 
     def add_built_engine(
-        self, bundle: Bundle, builder: str, shapes: ShapeProfile, *, progress: Any
+        self, bundle: Bundle, builder: str, shapes: ShapeProfile, *, progress: Any, on_drop: Any
     ) -> tuple[Bundle, EngineRecord]:
         self.engines.append((builder, shapes))
         progress("Building", 1, 2)
+        for name in self.dropped:
+            on_drop(name)
         if error := self.fail.get("engine"):
             raise error
         build = {"seconds": 51.2, "peak_bytes": 2_200_000_000}
@@ -304,6 +307,22 @@ def test_a_bundle_as_source_builds_and_exports_nothing_again(calls: Calls, capsy
     ((builder, profile),) = calls.engines
     assert builder == "tensorrt-rtx"
     assert (profile.min, profile.max) == ((1, 2, 42, 42), (1, 2, 42, 42))
+
+
+def test_an_engine_that_went_is_told(calls: Calls, capsys: Capture) -> None:
+    calls.dropped = ["engines/old.plan"]
+    assert export_main([str(exports.bundle().path), "--views", "2", "--builder", "tensorrt-rtx"]) == 0
+    assert "dropped      engines/old.plan was missing or damaged\n" in capsys.readouterr().err
+
+
+def test_a_missing_engine_does_not_stop_the_build_that_replaces_it(calls: Calls, tmp_path: Path) -> None:
+    path = shutil.copytree(exports.bundle().path, tmp_path / "small")
+    profile = Profile((1, 1, 42, 42), (1, 1, 42, 42), (1, 1, 42, 42))
+    record = EngineRecord("engines/e.plan", "tensorrt-rtx", "1.7.1", (89,), "fp16", (profile,))
+    add_engine(path, record, lambda temp, _: temp.write_bytes(b"plan") and None)
+    shutil.rmtree(path / "engines")
+    assert export_main([str(path), "--views", "2", "--builder", "tensorrt-rtx"]) == 0
+    assert len(calls.engines) == 1
 
 
 def test_a_damaged_bundle_as_source_is_refused(calls: Calls, tmp_path: Path, capsys: Capture) -> None:

@@ -13,10 +13,12 @@ from moe3d_deploy.cli.inspect import inspect_command
 from moe3d_deploy.errors import BundleError
 from moe3d_deploy.manifest import Manifest, Range, ShapeRanges, Verification
 
+MODEL = b"\x12\xcf\x09" + b"m" * 1231  # 1234 bytes of ONNX: field 2, 1231 bytes, the producer's name
+
 
 def write(path: Path, manifest: Manifest) -> Path:
     with BundleWriter(path) as writer:
-        (writer.folder / "model.onnx").write_bytes(b"m" * 1234)
+        (writer.folder / "model.onnx").write_bytes(MODEL)
         (writer.folder / "model.onnx.data").write_bytes(b"w" * 999)
         writer.commit(manifest)
     return path
@@ -26,7 +28,7 @@ def write(path: Path, manifest: Manifest) -> Path:
 def bundle(tmp_path: Path) -> Path:
     path = write(tmp_path / "bundle", example_manifest())
 
-    def build(temp: Path) -> None:
+    def build(temp: Path, manifest: Manifest) -> None:
         temp.write_bytes(b"e" * 2_000_000)
 
     add_engine(path, example_engine(), build)
@@ -114,18 +116,42 @@ def test_json_holds_the_whole_manifest_and_nothing_else_is_printed(bundle: Path)
     assert document == {
         "bundle": str(bundle),
         "digests": "checked",
+        "engine_faults": {},
         "manifest": json.loads((bundle / "manifest.json").read_text()),
     }
 
 
 def test_digests_are_checked_unless_left_out_and_the_output_says_so(bundle: Path) -> None:
-    (bundle / "model.onnx").write_bytes(b"x" * 1234)
+    (bundle / "model.onnx").write_bytes(MODEL.replace(b"m", b"x"))
     damaged = run(bundle)
     assert isinstance(damaged.exception, BundleError)
     assert "model.onnx is damaged" in str(damaged.exception)
     assert damaged.stdout == ""
     assert section(run(bundle, "--no-digest").stdout, "bundle") == [f"{bundle}, digests not checked"]
     assert json.loads(run(bundle, "--no-digest", "--json").stdout)["digests"] == "not checked"
+
+
+@pytest.mark.parametrize("spoilt", ["missing", "damaged"])
+def test_an_engine_that_cannot_be_used_is_marked_among_all_the_rest(bundle: Path, spoilt: str) -> None:
+    if spoilt == "missing":
+        (bundle / ENGINE).unlink()
+    else:
+        (bundle / ENGINE).write_bytes(b"E" * 2_000_000)
+    fault = {"missing": "is missing", "damaged": "is damaged: its SHA-256 is not the manifest's"}[spoilt]
+    result = run(bundle)
+    assert isinstance(result.exception, BundleError)
+    assert result.exception.exit_code == 2
+    assert str(result.exception) == (
+        f"bundle {bundle} has 1 of 1 engines missing or damaged; build one again with: moe3d-export {bundle}"
+    )
+    lines = section(result.stdout, "engines")
+    assert lines[0] == ENGINE
+    assert lines[-1].startswith(f"  CANNOT BE USED: {bundle / ENGINE} {fault}")
+    assert section(result.stdout, "written by")
+    document = run(bundle, "--json")
+    assert isinstance(document.exception, BundleError)
+    assert list(json.loads(document.stdout)["engine_faults"]) == [ENGINE]
+    assert (run(bundle, "--no-digest").exit_code == 0) == (spoilt == "damaged")
 
 
 def test_control_characters_of_a_manifest_do_not_reach_the_terminal(tmp_path: Path) -> None:

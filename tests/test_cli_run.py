@@ -1,19 +1,20 @@
 """`moe3d run`: from PNGs on disk to the files of a scene, and every bad input as one line."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import exports
 import numpy as np
 import pytest
+from exports import MOE
 from PIL import Image
 
+from moe3d_deploy.checkpoint import save_checkpoint, seeded_source
 from moe3d_deploy.cli.main import main
-from moe3d_deploy.runtime import onnx_backend
 from moe3d_deploy.runtime.onnx_backend import OnnxBackend
 
 Capture = pytest.CaptureFixture[str]
@@ -72,7 +73,7 @@ def test_a_bundle_gives_depth_colours_cameras_and_points(
     assert lines[0].startswith("small: 2 views of 42x28; load ")
     assert lines[1].startswith("depth from ")
     assert lines[1].endswith("up to the scene's scale (not metres)")
-    assert lines[2].startswith("no expert maps: the bundle has no output expert_weights")
+    assert lines[2].startswith("no expert maps")
     assert lines[3] == f"11 files in {tmp_path / 'out'}: cameras.json, png, npz, ply, glb"
 
 
@@ -98,6 +99,17 @@ def test_a_checkpoint_runs_in_pytorch_with_more_outputs(
 
     assert {"000_left_experts.png", "001_right_experts.png", "000_left_entropy.png"} <= written(tmp_path / "out")
     assert "no expert maps" not in capsys.readouterr().out
+    assert run(exports.checkpoint(), "--formats", "npz") == 0
+    hint = "no expert maps; for them: moe3d run --outputs expert_weights,expert_entropy"
+    assert hint in capsys.readouterr().out.splitlines()
+
+
+def test_a_model_without_experts_is_not_said_to_lack_their_maps(
+    run: Callable[..., int], tmp_path: Path, capsys: Capture
+) -> None:
+    save_checkpoint(seeded_source("plain", dataclasses.replace(MOE, moe=None)), tmp_path / "plain")
+    assert run(tmp_path / "plain", "--formats", "npz") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3, "what was run, the depth, the files"
 
 
 def test_a_folder_is_a_scene_of_its_images(photos: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -164,17 +176,23 @@ def test_a_second_run_replaces_the_first(run: Callable[..., int], tmp_path: Path
     assert (tmp_path / "out" / "scene.npz").read_bytes() != before
 
 
+def test_a_second_run_leaves_no_picture_of_the_first(run: Callable[..., int], tmp_path: Path) -> None:
+    assert run(exports.bundle().path) == 0
+    assert run(exports.bundle().path, "--formats", "png", images=("right.png",)) == 0
+    assert written(tmp_path / "out") == {f"000_right_{kind}" for kind in VIEW_FILES} | {"overview.png", "cameras.json"}
+
+
 # ---- what it refuses
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bad input is found before a model computes, which takes minutes at full size."""
+    """Bad input is found before a model is loaded and computes, which takes long at full size."""
 
-    def compute(self: OnnxBackend, images: Any) -> None:
-        raise AssertionError("the model ran")
+    def load(self: OnnxBackend, model: Path) -> None:
+        raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(onnx_backend.OnnxBackend, "run", compute)
+    monkeypatch.setattr(OnnxBackend, "__init__", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -242,6 +260,7 @@ def test_a_source_that_does_not_exist_is_one_line_and_code_2(run: Callable[..., 
     assert line_of(capsys).startswith("moe3d: no-such-bundle: no such file or folder, nor a preset")
 
 
+@pytest.mark.usefixtures("no_model")
 def test_an_output_that_is_a_file_is_one_line_and_code_2(
     run: Callable[..., int], tmp_path: Path, capsys: Capture
 ) -> None:

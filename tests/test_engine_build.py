@@ -1,132 +1,26 @@
-"""Engines from small ONNX models: TensorRT-RTX builds them without a GPU; running them needs one."""
+"""A build's plan, record and progress, what is known of an engine without a GPU, and the plan's way to the disk."""
 
-import ctypes
 import dataclasses
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import textwrap
-import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine_models import PROFILE, Build, Write, build_in_child, one_line
 
 from moe3d_deploy import trt
 from moe3d_deploy.engines import build as engine_build
-from moe3d_deploy.engines.shapes import ShapeProfile
-from moe3d_deploy.errors import EngineError, InputError, MissingExtraError
+from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import EngineRecord
 from moe3d_deploy.trt import library
+from moe3d_deploy.trt.network import network_facts
 
-PROFILE = ShapeProfile.from_ranges(views="1:2:12", height="56:56:112", width="56")
+pytest_plugins = ["engine_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
-Write = Callable[..., Path]
-Build = Callable[..., trt.BuiltEngine]
-
-
-@pytest.fixture(scope="session")
-def write_model(tmp_path_factory: pytest.TempPathFactory) -> Write:
-    """write(name, dtype="fp16", layers=2, attention=False, sizes=..., tail=None, functions=()) -> path of an ONNX file.
-
-    images (B, S, 3, H, W) -> tokens of 64 channels -> `layers` of MatMul, Relu and maybe attention -> depth, float32.
-    """
-    pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'moe3d-deploy[rtx]'")
-    onnx = pytest.importorskip("onnx", reason="writes ONNX models: pip install 'moe3d-deploy[export]'")
-    folder = tmp_path_factory.mktemp("models")
-
-    def write(
-        name: str,
-        dtype: str = "fp16",
-        layers: int = 2,
-        attention: bool = False,
-        sizes: tuple[int | str, ...] = ("B", "S", 3, "H", "W"),
-        tail: tuple[str, str] | None = None,
-        functions: tuple[Any, ...] = (),
-    ) -> Path:
-        half = onnx.TensorProto.FLOAT16 if dtype == "fp16" else onnx.TensorProto.FLOAT
-        rng = np.random.default_rng(0)
-        nodes: list[Any] = []
-        weights: list[Any] = []
-
-        def constant(value: np.ndarray) -> str:
-            weights.append(onnx.numpy_helper.from_array(value, f"w{len(weights)}"))
-            return str(weights[-1].name)
-
-        def node(op: str, *inputs: str, **attributes: Any) -> str:
-            output = f"t{len(nodes)}"
-            nodes.append(onnx.helper.make_node(op, inputs, [output], name=f"{op}_{len(nodes)}", **attributes))
-            return output
-
-        def linear(x: str) -> str:
-            weight = rng.standard_normal((64, 64)) / 8
-            return node("MatMul", x, constant(weight.astype(np.float16 if dtype == "fp16" else np.float32)))
-
-        def heads(x: str, perm: tuple[int, ...] = (0, 2, 1, 3)) -> str:
-            return node("Transpose", node("Reshape", x, constant(np.array([0, -1, 2, 32]))), perm=perm)
-
-        x = node("Cast", node("Reshape", "images", constant(np.array([0, -1, 64]))), to=half)
-        for _ in range(layers):
-            if attention:
-                q, k, v = heads(linear(x)), heads(linear(x), (0, 2, 3, 1)), heads(linear(x))
-                mixed = node("MatMul", node("Softmax", node("MatMul", q, k), axis=-1), v)
-                x = node("Reshape", node("Transpose", mixed, perm=[0, 2, 1, 3]), constant(np.array([0, -1, 64])))
-            x = node("Relu", linear(x))
-        x = node("Cast", x, to=onnx.TensorProto.FLOAT)
-        if tail:
-            x = node(tail[0], x, domain=tail[1])
-        nodes[-1].output[0] = "depth"
-        graph = onnx.helper.make_graph(
-            nodes,
-            "test",
-            [onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, sizes)],
-            [onnx.helper.make_tensor_value_info("depth", onnx.TensorProto.FLOAT, None)],
-            weights,
-        )
-        opsets = [onnx.helper.make_opsetid("", 20)] + ([onnx.helper.make_opsetid(tail[1], 1)] if tail else [])
-        model = onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=9)
-        onnx.save(model, folder / name)
-        return folder / name
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def built(write_model: Write, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Records of an fp16 and an fp32 attention engine, with the plan's path and the progress events added."""
-    folder = tmp_path_factory.mktemp("built")
-
-    def build(dtype: str) -> dict[str, Any]:
-        model, plan = write_model(f"attention_{dtype}.onnx", dtype, attention=True), folder / f"{dtype}.plan"
-        events: list[tuple[str, int, int]] = []
-        record = engine_build.build(
-            model, plan, PROFILE, precision=dtype, builder="tensorrt-rtx", progress=lambda *event: events.append(event)
-        )
-        return {"record": record, "plan": plan, "events": events}
-
-    return {dtype: build(dtype) for dtype in ("fp16", "fp32")}
-
-
-@pytest.fixture
-def build_here(tmp_path: Path) -> Build:
-    """build_here(onnx_path, out=tmp_path / "plan", profile=PROFILE, **options): build in this process."""
-
-    def build(
-        path: Path, out: Path = tmp_path / "plan", profile: ShapeProfile = PROFILE, **options: Any
-    ) -> trt.BuiltEngine:
-        return trt.build_engine(path, out, profile, builder="tensorrt-rtx", **options)
-
-    return build
-
-
-def build_in_child(path: Path, out: Path, **options: Any) -> dict[str, Any]:
-    return engine_build.build(path, out, PROFILE, precision="fp16", builder="tensorrt-rtx", **options)
 
 
 # What a build leaves
@@ -174,12 +68,12 @@ def test_progress_rises_within_each_phase(built: dict[str, dict[str, Any]]) -> N
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_the_audit_tells_fp16_from_fp32(built: dict[str, dict[str, Any]], dtype: str) -> None:
+def test_the_record_tells_fp16_from_fp32(built: dict[str, dict[str, Any]], dtype: str) -> None:
     audit = built[dtype]["record"]["audit"]
     # Two layers of q, k, v, scores, values and the one before Relu.
     assert audit["network"]["matmul"] == {dtype: 12}
     assert set(audit["compiled"]["layers"]["gemm"]) == {dtype}
-    assert audit["strongly_typed"] is True
+    assert audit["network"]["strongly_typed"] is True
     assert audit["tf32"] is False
 
 
@@ -194,6 +88,23 @@ def test_fused_attention_is_counted_in_the_compiled_layers(built: dict[str, dict
 
 def test_no_listing_means_no_claim_about_compiled_layers() -> None:
     assert engine_build.compiled_layers("") is None
+
+
+def test_a_listing_in_which_nothing_is_found_is_one_without_fused_attention() -> None:
+    assert engine_build.compiled_layers("Layers:\nin a new format") == {"layers": {}, "fused_attention": 0}
+
+
+def test_whether_types_are_the_graphs_is_read_from_the_network() -> None:
+    class Network(list[Any]):
+        def get_flag(self, flag: int) -> bool:
+            return bool(7 >> flag & 1)
+
+    def library_with(**flags: int) -> Any:
+        return types.SimpleNamespace(NetworkDefinitionCreationFlag=types.SimpleNamespace(**flags))
+
+    assert network_facts(library_with(STRONGLY_TYPED=1), Network()).strongly_typed is True
+    assert network_facts(library_with(STRONGLY_TYPED=3), Network()).strongly_typed is False
+    assert network_facts(library_with(), Network()).strongly_typed is True  # TensorRT 11: there is no other kind
 
 
 def test_function_calls_and_the_absence_of_plugins_are_seen(write_model: Write, build_here: Build) -> None:
@@ -280,279 +191,3 @@ def test_a_full_disk_ends_the_child_with_the_same_line(write_model: Write, tmp_p
         build_in_child(write_model("small.onnx"), tmp_path / "link")
     one_line(error)
     assert list(tmp_path.iterdir()) == []
-
-
-# Models and arguments that cannot be used
-
-
-def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 500
-    return text
-
-
-def test_an_unsupported_op_is_named_with_its_node(write_model: Write, tmp_path: Path) -> None:
-    with pytest.raises(EngineError) as error:
-        build_in_child(write_model("ghost.onnx", tail=("Wobble", "ghost")), tmp_path / "plan")
-    assert one_line(error).startswith("ghost.onnx: TensorRT-RTX ")
-    assert 'node "Wobble_7" (Wobble): ' in str(error.value)
-    assert not (tmp_path / "plan").exists()
-
-
-@pytest.mark.parametrize("keep", [0.5, 0.0])
-def test_a_truncated_file_is_refused(write_model: Write, build_here: Build, tmp_path: Path, keep: float) -> None:
-    whole = write_model("small.onnx").read_bytes()
-    cut = tmp_path / "cut.onnx"
-    cut.write_bytes(whole[: int(keep * len(whole))])
-    with pytest.raises(EngineError, match=r"^cut.onnx: .*export it again$") as error:
-        build_here(cut)
-    one_line(error)
-
-
-def test_missing_weights_are_named(write_model: Write, build_here: Build, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    model = onnx.load(write_model("small.onnx"))
-    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    (tmp_path / "m.data").unlink()
-    with pytest.raises(EngineError, match=r"m\.onnx: .*Failed to open file: .*m\.data; put the weight file") as error:
-        build_here(tmp_path / "m.onnx")
-    one_line(error)
-
-
-def test_a_profile_against_the_models_fixed_size_is_refused(write_model: Write, tmp_path: Path) -> None:
-    path = write_model("fixed.onnx", sizes=("B", "S", 3, 56, "W"))
-    with pytest.raises(EngineError) as error:
-        build_in_child(path, tmp_path / "plan")
-    assert one_line(error) == (
-        "fixed.onnx: its height is fixed at 56, the profile asks for 56:56:112; "
-        "build with --height 56 or export with a free height"
-    )
-
-
-def test_a_profile_the_graph_cannot_run_is_refused(write_model: Write, build_here: Build) -> None:
-    profile = ShapeProfile.from_ranges(views="1", height="14", width="14")  # 588 values: no multiple of 64
-    with pytest.raises(EngineError, match=r"Reshape_0: reshape wildcard -1 has no integer solution") as error:
-        build_here(write_model("small.onnx"), profile=profile)
-    one_line(error)
-
-
-def test_an_unknown_capability_is_refused_with_the_known_ones(write_model: Write, build_here: Build) -> None:
-    with pytest.raises(InputError, match=r"^compute capability 9\.0: TensorRT-RTX .* builds for .*8\.9, 12\.0"):
-        build_here(write_model("small.onnx"), compute_capabilities=[(8, 0), (9, 0)])
-
-
-def test_a_missing_model_is_refused_before_any_process_starts(write_model: Write, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nope\.onnx: no such file"):
-        build_in_child(tmp_path / "nope.onnx", tmp_path / "plan")
-
-
-def test_an_unwritable_place_is_an_error(write_model: Write, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="absent/plan: No such file or directory after 0 MB of the engine; make room"):
-        build_in_child(write_model("small.onnx"), tmp_path / "absent" / "plan")
-
-
-# Which builder
-
-
-def test_auto_takes_tensorrt_where_it_sees_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt, "require", lambda builder: None)
-    monkeypatch.setattr(trt, "available", lambda: {"tensorrt": "11.4.0", "tensorrt-rtx": "1.7.1"})
-    monkeypatch.setattr(trt, "visible_gpus", lambda: [(8, 9)])
-    assert engine_build.resolve_builder("auto") == "tensorrt"
-    monkeypatch.setattr(trt, "visible_gpus", list)
-    assert engine_build.resolve_builder("auto") == "tensorrt-rtx"
-    assert engine_build.resolve_builder("tensorrt") == "tensorrt"
-
-
-@pytest.mark.parametrize("installed", [{}, {"tensorrt": "11.4.0"}])
-def test_no_usable_builder_names_the_package(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
-    monkeypatch.setattr(trt, "available", lambda: installed)
-    monkeypatch.setattr(trt, "visible_gpus", list)
-    with pytest.raises(EngineError, match=r"pip install 'moe3d-deploy\[rtx\]'$"):
-        engine_build.resolve_builder("auto")
-
-
-def test_a_builder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="builder 'trtexec' is unknown; use one of tensorrt, tensorrt-rtx"):
-        engine_build.resolve_builder("trtexec")
-    monkeypatch.setattr(library, "_is_installed", lambda module: False)
-    with pytest.raises(MissingExtraError, match=r"tensorrt is not installed: pip install 'moe3d-deploy\[trt\]'"):
-        engine_build.resolve_builder("tensorrt")
-
-
-def test_a_process_keeps_its_first_builder(
-    write_model: Write, build_here: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_model("small.onnx")
-    build_here(path)
-    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
-    monkeypatch.setattr(library, "require", lambda builder: None)
-    with pytest.raises(EngineError, match="cannot use TensorRT; start another process"):
-        trt.build_engine(path, tmp_path / "plan", PROFILE, builder="tensorrt")
-
-
-def test_visible_gpus_asks_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    capabilities = [(8, 7), (12, 0)]
-
-    class Driver:
-        cuInit = staticmethod(lambda flags: 0)
-
-        @staticmethod
-        def cuDeviceGetCount(count: Any) -> int:
-            count._obj.value = len(capabilities)
-            return 0
-
-        @staticmethod
-        def cuDeviceGet(device: Any, index: int) -> int:
-            device._obj.value = index
-            return 0
-
-        @staticmethod
-        def cuDeviceGetAttribute(value: Any, attribute: int, device: Any) -> int:
-            value._obj.value = capabilities[device.value][attribute - 75]
-            return 0
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver)
-    assert trt.visible_gpus() == capabilities
-
-
-def test_the_runner_says_that_it_needs_a_gpu(built: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "visible_gpus", list)
-    with pytest.raises(EngineError, match=r"^fp16\.plan: running an engine needs an NVIDIA GPU and its driver"):
-        trt.EngineRunner(built["fp16"]["plan"], builder="tensorrt-rtx")
-
-
-@pytest.mark.skipif(bool(trt.visible_gpus()), reason="shows what happens where no engine loads; this machine has a GPU")
-def test_an_engine_that_does_not_load_is_one_line(
-    built: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library, "visible_gpus", lambda: [(8, 9)])
-    with pytest.raises(EngineError, match=r"^fp16\.plan: TensorRT-RTX .* cannot load it: Cuda Runtime") as error:
-        trt.EngineRunner(built["fp16"]["plan"], builder="tensorrt-rtx")
-    assert "/_src" not in one_line(error)
-
-
-# Ending a build early
-
-
-def test_cancelling_stops_after_the_current_step(write_model: Write, build_here: Build) -> None:
-    events: list[str] = []
-    with pytest.raises(EngineError, match=r"^small\.onnx: the engine build was cancelled"):
-        build_here(
-            write_model("small.onnx"),
-            progress=lambda phase, step, total: events.append(phase),
-            cancelled=lambda: "Cloning network graph" in events,
-        )
-    assert "Computing profile costs" not in events
-
-
-def test_what_the_progress_function_raises_comes_out(write_model: Write, build_here: Build) -> None:
-    def fail(phase: str, step: int, total: int) -> None:
-        raise ValueError("the screen is gone")
-
-    with pytest.raises(ValueError, match="the screen is gone"):
-        build_here(write_model("small.onnx"), progress=fail)
-
-
-def test_an_interrupt_in_this_process_ends_the_build(write_model: Write, build_here: Build) -> None:
-    phases: list[str] = []
-
-    def interrupt(phase: str, step: int, total: int) -> None:
-        phases.append(phase)
-        if phase == "Building engine":
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        build_here(write_model("small.onnx"), progress=interrupt)
-    assert "Computing profile costs" not in phases
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_interrupt_while_the_plan_is_written_ends_the_build(
-    write_model: Write, build_here: Build, tmp_path: Path
-) -> None:
-    events: list[tuple[str, int, int]] = []
-
-    def interrupt(*event: Any) -> None:
-        events.append(event)
-        if event[0] == "Writing the engine":
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        build_here(write_model("small.onnx"), progress=interrupt)
-    assert events[-1] == ("Writing the engine", 0, 1)
-
-
-def test_a_killed_builder_is_one_line_and_leaves_nothing(write_model: Write, tmp_path: Path) -> None:
-    def kill(phase: str, step: int, total: int) -> None:
-        for pid in children(os.getpid()):
-            os.kill(pid, signal.SIGKILL)
-
-    path = write_model("slow.onnx", layers=150)
-    with pytest.raises(EngineError, match=r"^slow\.onnx: .*killed.*memory.* lower the largest shape") as error:
-        build_in_child(path, tmp_path / "plan", progress=kill)
-    one_line(error)
-    assert not (tmp_path / "plan").exists()
-
-
-def test_ctrl_c_ends_a_busy_build_at_once_and_leaves_nothing(write_model: Write, tmp_path: Path) -> None:
-    """The signal comes while the builder compiles, in the step that takes most of the time and cannot be cancelled."""
-    script = f"""
-        from pathlib import Path
-        from moe3d_deploy.engines.build import build
-        from moe3d_deploy.engines.shapes import ShapeProfile
-
-        last = None
-
-        def progress(*event):
-            global last
-            if event == last:  # told again after a second of silence
-                print("compiling", flush=True)
-            last = event
-
-        profile = ShapeProfile.from_dict({PROFILE.as_dict()})
-        build({str(write_model("busy.onnx", layers=150, attention=True))!r}, {str(tmp_path / "plan")!r}, profile,
-              precision="fp16", builder="tensorrt-rtx", progress=progress)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "compiling\n"
-        builders = children(process.pid)
-        caught = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{builders[0]}/status").read_text())
-        assert not int(caught[0], 16) & 1 << signal.SIGINT - 1  # a Python handler would wait for the step to end
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
-    assert errors.rstrip().endswith("KeyboardInterrupt")
-    # Left alone, the step takes from 4 to 20 s on two cores; waiting for a child that does not stop takes 10 s.
-    assert time.monotonic() - started < 3
-    assert len(builders) == 1
-    assert not any(Path(f"/proc/{pid}").exists() for pid in builders)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_long_step_shows_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "REPEAT_SECONDS", 0.01)
-    events: list[dict[str, Any]] = []
-    with engine_build._Reporter(events.append) as reporter:
-        reporter.progress("Compiling", 1, 5)
-        deadline = time.monotonic() + 10
-        while len(events) < 3 and time.monotonic() < deadline:
-            time.sleep(0.005)
-    assert len(events) >= 3
-    assert {(event["phase"], event["step"], event["total"]) for event in events} == {("Compiling", 1, 5)}
-
-
-def children(parent: int) -> list[int]:
-    """Process ids whose parent is `parent`."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        if int(fields[1]) == parent:
-            found.append(int(stat.parent.name))
-    return found

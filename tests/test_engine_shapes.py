@@ -72,20 +72,6 @@ def test_a_dict_of_another_form_is_refused(values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranges", "label"),
-    [
-        ({"height": "392"}, "1-4-8x392x518"),
-        ({}, "1-4-8x140-392-518x518"),
-        ({"views": "4", "height": "518"}, "4x518x518"),
-        ({"batch": "1:2", "views": "4", "height": "518"}, "1-2-2x4x518x518"),
-        ({"batch": "2", "views": "4", "height": "518"}, "2x4x518x518"),
-    ],
-)
-def test_label_is_short_and_tells_ranges_from_fixed_sizes(ranges: dict[str, Any], label: str) -> None:
-    assert ShapeProfile.from_ranges(**ranges).label() == label
-
-
-@pytest.mark.parametrize(
     ("shape", "accepted"),
     [
         ((1, 1, 140, 518), True),

@@ -1,6 +1,8 @@
 """The files of a scene and their colours, read back with other means than those that wrote them."""
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,30 @@ def test_depth_png_times_scale_is_the_depth(result: Arrays, batch: ImageBatch, t
     assert largest == 65535
 
 
+def test_one_far_pixel_does_not_take_the_steps_of_all_others(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
+    """The top is 1.5 times the 99.9th percentile, which is at most the 4 of all other pixels and about there."""
+    result["depth"][0, 3, 5] = 1e6
+    write_scene(result, batch, tmp_path, formats=["png"])
+    cameras = read_cameras(tmp_path)
+    scale = cameras["depth_png_scale"]
+    assert 65535 * scale == pytest.approx(1.5 * 4, rel=0.01)
+    png = read_png(tmp_path / "000_left_depth.png")
+    assert png[3, 5] == 65535
+    error = np.abs(png * scale - result["depth"][0])
+    error[3, 5] = 0
+    assert error.max() <= scale / 2 * (1 + 1e-9)  # rounding to integers; 1e-9 for the float64 product
+    assert [view["saturated_fraction"] for view in cameras["views"]] == [1 / (42 * 56), 0]
+    assert cameras["views"][0]["depth_far"] == 1e6
+
+
+def test_a_far_part_of_the_scene_is_no_outlier(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
+    result["depth"][0, :2] = 1000
+    write_scene(result, batch, tmp_path, formats=["png"])
+    cameras = read_cameras(tmp_path)
+    assert cameras["depth_png_scale"] == 1000 / 65535
+    assert [view["saturated_fraction"] for view in cameras["views"]] == [0, 0]
+
+
 def test_pictures_on_disk_are_rgb_and_black_on_padding(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
     result["depth"][1] = 4
     result["depth"][1, 20] = 0.5
@@ -192,6 +218,82 @@ def test_two_runs_write_the_same_bytes(result: Arrays, batch: ImageBatch, tmp_pa
         assert one.read_bytes() == two.read_bytes(), one.name
     keys = list(read_cameras(tmp_path / "one"))
     assert keys == sorted(keys)
+
+
+def test_a_second_scene_leaves_nothing_of_the_first(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
+    write_scene(result, batch, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "009_mine_depth.png").write_text("mine")
+    one = ImageBatch(batch.images[:1], (dataclasses.replace(batch.views[0], name="other.png"),))
+    arrays = {name: array[:1] for name, array in result.items()}
+    written = write_scene(arrays, one, tmp_path / "out", formats=["png", "npz"])
+    names = {path.name for path in written}
+    assert "000_other_depth.png" in names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"notes.txt", "009_mine_depth.png"}
+    assert read_cameras(tmp_path / "out")["files"] == [path.name for path in written[:-1]]
+
+
+def test_cameras_of_the_first_scene_never_stand_beside_files_of_the_second(
+    result: Arrays, batch: ImageBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    before = {path.name for path in write_scene(result, batch, out)}
+
+    def fail(*_: object) -> None:
+        assert not before & {path.name for path in out.iterdir()}
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moe3d_deploy.runtime.outputs.atomic_write", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_scene(result, batch, out, formats=["png"])
+
+
+def test_a_scene_that_is_refused_leaves_the_earlier_one(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_scene(result, batch, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    result["depth"][:] = 0
+    with pytest.raises(InputError, match="leave glb out of the formats"):
+        write_scene(result, batch, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+HOSTILE = [
+    {"files": ["../overview.png", "/tmp/overview.png", "sub/000_x_depth.png", "thesis.pdf", "..", "", 7, None, "a\0b"]},
+    {"files": "overview.png"},
+    {"files": {"overview.png": 1}},
+    {},
+    ["overview.png"],
+    "overview.png",
+]
+
+
+@pytest.mark.parametrize("text", [*map(json.dumps, HOSTILE), "", "{", "[" * 100_000, "\ud800"])
+def test_only_a_scenes_own_files_are_removed_whatever_cameras_json_says(
+    result: Arrays, batch: ImageBatch, tmp_path: Path, text: str
+) -> None:
+    out = tmp_path / "out"
+    kept = ["../overview.png", "sub/000_x_depth.png", "thesis.pdf", "overview.png"]
+    for name in kept:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    (out / "cameras.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    write_scene(result, batch, out, formats=["npz"])
+    assert all((out / name).read_text() == "mine" for name in kept)
+    assert read_cameras(out)["files"] == ["scene.npz"]
+
+
+def test_a_pipe_or_link_for_cameras_json_is_replaced_unread(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
+    (tmp_path / "overview.png").write_text("mine")
+    (tmp_path / "elsewhere.json").write_text('{"files": ["overview.png"]}')
+    (tmp_path / "cameras.json").symlink_to("elsewhere.json")
+    write_scene(result, batch, tmp_path, formats=[])
+    assert (tmp_path / "overview.png").exists()
+    assert (tmp_path / "elsewhere.json").exists()
+    (tmp_path / "cameras.json").unlink()
+    os.mkfifo(tmp_path / "cameras.json")
+    write_scene(result, batch, tmp_path, formats=[])
+    assert read_cameras(tmp_path)["files"] == []
 
 
 def test_npz_holds_every_array_unchanged(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:

@@ -1,23 +1,31 @@
 """One session over a bundle in ONNX Runtime and a checkpoint in PyTorch: equal results, and what it refuses."""
 
 import functools
+import importlib
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import exports
 import numpy as np
 import pytest
+import torch
 from exports import MOE
 from numpy.typing import NDArray
+from test_manifest import example_engine
 
-from moe3d_deploy.bundle import Bundle
-from moe3d_deploy.errors import BundleError, CheckpointError, InputError, Moe3dError
+from moe3d_deploy import checkpoint
+from moe3d_deploy.bundle import Bundle, add_engine
+from moe3d_deploy.errors import BundleError, InputError, MissingExtraError, Moe3dError
 from moe3d_deploy.export.compare import Limits, errors, require_within
 from moe3d_deploy.export.verify import images_for
-from moe3d_deploy.manifest import Preprocessing, Range, ShapeRanges
+from moe3d_deploy.manifest import Manifest, Preprocessing, Range, ShapeRanges
+from moe3d_deploy.model import MoE3D
 from moe3d_deploy.runtime.onnx_backend import OnnxBackend
 from moe3d_deploy.runtime.session import Session
+from moe3d_deploy.runtime.torch_backend import _NO_CPU_MEMORY
 
 Images = NDArray[np.float32]
 
@@ -43,7 +51,7 @@ def test_a_bundle_gives_what_its_checkpoint_gives_in_pytorch() -> None:
     found, expected = of_bundle().run(scene), of_checkpoint().run(scene)
     assert set(found) == {"depth", "depth_conf", "extrinsics", "intrinsics"}
     assert set(expected) == {*found, "pose_enc"}
-    require_within("fp16 bundle", errors(found, {name: expected[name] for name in found}), Limits.of("fp16"))
+    require_within("fp16 bundle", errors(found, {name: expected[name] for name in found}), Limits.of("fp16"), "")
 
 
 @pytest.mark.parametrize("session", [of_bundle, of_checkpoint])
@@ -149,6 +157,9 @@ def test_a_range_with_an_end_names_it(size: int, message: str | None) -> None:
     class Ones:
         output_names = ("depth",)
 
+        def load(self) -> None:
+            pass
+
         def run(self, images: Images) -> dict[str, NDArray[Any]]:
             return {"depth": np.ones((*images.shape[:2], *images.shape[3:]), np.float32)}
 
@@ -214,8 +225,114 @@ def test_what_a_source_cannot_do_is_refused(source: str, arguments: dict[str, An
 
 
 def test_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing-here: no such file or folder, nor a preset"):
+    with pytest.raises(Moe3dError, match="nothing-here: no such file or folder, nor a preset") as caught:
         Session.open(tmp_path / "nothing-here")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "pytorch"])
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [("bundel", "check the path"), ("moe3d-tinny", "did you mean moe3d-tiny?"), ("preset:moe3d", "did you mean")],
+)
+def test_a_typing_error_is_one_even_without_torch(
+    source: str, remedy: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError) as caught:
+        Session.open(source, backend=backend)
+    assert str(caught.value).startswith(f"{source}: no such file or folder, nor a preset (")
+    assert f"; {remedy}" in str(caught.value)
+
+
+def test_a_bundle_that_was_moved_aside_is_said_to_be_so(tmp_path: Path) -> None:
+    (tmp_path / ".bundle.old-0123456789abcdef").mkdir()
+    with pytest.raises(BundleError, match="was moved aside for a new one that did not come; rename"):
+        Session.open(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "source"),
+    [("onnxruntime", "cpu", lambda: exports.bundle().path), ("torch", "export", lambda: exports.checkpoint())],
+)
+def test_a_package_that_is_not_installed_and_one_that_is_broken_are_two_errors(
+    package: str, extra: str, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = source()
+    import_module = importlib.import_module
+
+    def with_error(error: Exception) -> Any:
+        def load(name: str) -> Any:
+            if name == package:
+                raise error
+            return import_module(name)
+
+        return load
+
+    monkeypatch.setattr(importlib, "import_module", with_error(ModuleNotFoundError("No module", name=package)))
+    with pytest.raises(
+        MissingExtraError, match=rf"^{package} is not installed: pip install 'moe3d-deploy\[{extra}\]'$"
+    ):
+        Session.open(path)
+    for error in (
+        ImportError("libcudart.so.13: cannot open\nshared object file"),
+        ModuleNotFoundError("libcudart.so.13: cannot open shared object file", name="typing_extensions"),
+        OSError("libcudart.so.13: cannot open shared object file"),
+    ):
+        monkeypatch.setattr(importlib, "import_module", with_error(error))
+        with pytest.raises(Moe3dError) as caught:
+            Session.open(path)
+        assert str(caught.value) == (
+            f"{package} is installed but cannot be loaded: libcudart.so.13: cannot open shared object file; "
+            "install it again"
+        )
+
+
+@pytest.mark.parametrize("of", [of_bundle, of_checkpoint])
+def test_what_a_session_tells_of_itself_needs_no_weights(of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = of()  # before loading is forbidden
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("the weights were loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxBackend, "__init__", refuse)
+        patch.setattr(checkpoint, "load_model", refuse)
+        session = Session.open(exports.bundle().path if of is of_bundle else exports.checkpoint(), load=False)
+        assert session.config is not None
+        assert session.config.moe == MOE.moe
+        assert session.preprocessing == Preprocessing.of(MOE)
+        assert session.output_names == loaded.output_names
+        with pytest.raises(InputError, match="height is 15"):
+            session.run(np.zeros((1, 3, 15, 14)))
+    session = Session.open(exports.bundle().path if of is of_bundle else exports.checkpoint(), load=False)
+    scene = images(1, 1, 1, 1)
+    np.testing.assert_array_equal(session.run(scene)["depth"], loaded.run(scene)["depth"])
+
+
+@pytest.mark.parametrize("spoilt", ["missing", "damaged"])
+def test_a_bundle_runs_on_the_cpu_whatever_has_become_of_its_engines(tmp_path: Path, spoilt: str) -> None:
+    def build(temp: Path, manifest: Manifest) -> None:
+        temp.write_bytes(b"engine")
+
+    path = shutil.copytree(exports.bundle().path, tmp_path / "bundle")
+    add_engine(path, example_engine(), build)
+    if spoilt == "missing":
+        shutil.rmtree(path / "engines")
+    else:
+        (path / example_engine().file).write_bytes(b"ENGINE")
+    scene = images(1, 1, 1, 1)
+    np.testing.assert_array_equal(Session.open(path).run(scene)["depth"], of_bundle().run(scene)["depth"])
+
+
+def test_a_bundle_that_is_damaged_after_the_opening_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    path = shutil.copytree(exports.bundle().path, tmp_path / "bundle")
+    session = Session.open(path, load=False)
+    data = bytearray((path / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (path / "model.onnx.data").write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data is damaged"):
+        session.load()
 
 
 def test_a_damaged_bundle_is_refused_before_onnxruntime_sees_it(
@@ -249,6 +366,42 @@ def test_a_file_that_is_no_model_is_an_error_in_one_line(tmp_path: Path) -> None
         OnnxBackend(tmp_path / "model.onnx")
     assert str(caught.value).startswith(f"{tmp_path}/model.onnx: ONNX Runtime ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_pytorch_out_of_memory_is_one_line_with_what_to_do(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    session = Session.open(exports.checkpoint())
+    monkeypatch.setattr(MoE3D, "forward", fail)
+    with pytest.raises(Moe3dError) as caught:
+        session.run(images(1, 2, 1, 1))
+    assert str(caught.value) == (
+        "PyTorch ran out of memory on images 1x2x3x14x14; use fewer views, a smaller --size, or --view-chunk"
+    )
+
+
+def test_another_runtime_error_of_pytorch_is_not_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("shapes differ")
+
+    session = Session.open(exports.checkpoint())
+    monkeypatch.setattr(MoE3D, "forward", fail)
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        session.run(images(1, 2, 1, 1))
+
+
+def test_the_cpu_allocators_own_error_is_recognised() -> None:
+    """What torch itself says when memory ends, so that a new wording does not go unnoticed."""
+    with pytest.raises(RuntimeError, match=re.escape(_NO_CPU_MEMORY)):
+        torch.empty(1 << 60, dtype=torch.uint8)
 
 
 def test_a_failure_of_onnxruntime_is_one_line_with_the_shape() -> None:

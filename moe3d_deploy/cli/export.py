@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.engines.add import add_built_engine
@@ -18,7 +18,7 @@ from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
-from moe3d_deploy.manifest import MANIFEST_NAME, Verification
+from moe3d_deploy.manifest import Verification
 
 Ranges = tuple[str, str, str | None, str | None]
 """--batch, --views, --height and --width as given."""
@@ -81,14 +81,14 @@ def export_command(
         raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
     if builder == "none" and (given := _given(*_OF_AN_ENGINE)):
         raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
-    if (Path(source) / MANIFEST_NAME).is_file():
+    if is_bundle(source):
         if output is not None:
             raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
         if builder == "none":
             raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
         if given := _given(*_OF_A_CHECKPOINT):
             raise InputError(f"{source} is a bundle, its model is exported already; leave {given[0]} out")
-        bundle = Bundle.open(source)
+        bundle = Bundle.open(source, engines=False)  # a damaged engine is what this may be about to replace
     else:
         if output is None:
             raise InputError("-o is missing: name the bundle folder to write")
@@ -171,6 +171,7 @@ def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progre
             builder,
             profile,
             progress=lambda phase, step, total: progress.report("engine", 0, 0, f"{phase} {step}/{total}"),
+            on_drop=lambda name: progress.line("dropped", f"{name} was missing or damaged"),
         )
     except (Moe3dError, KeyboardInterrupt):
         progress.line("bundle", f"{bundle.path} is complete, without this engine")

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import click
 
-from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.bundle import Bundle, Verify
+from moe3d_deploy.errors import BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Range, Tensor, Verification
 
 _LABEL_WIDTH = 14
@@ -16,27 +17,37 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 @click.command("inspect")
 @click.argument("bundle", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: bundle, digests, manifest.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object: bundle, digests, engine_faults, manifest."
+)
 @click.option("--no-digest", is_flag=True, help="Check names and sizes only; a few GB take seconds to digest.")
 def inspect_command(bundle: str, as_json: bool, no_digest: bool) -> None:
     """Show what is in BUNDLE, after checking that it is whole.
+
+    An engine that is missing or damaged is marked, and the exit code is 2; the ONNX file can be run without it.
 
     \b
     Example:
         moe3d inspect bundle --no-digest
     """
-    opened = Bundle.open(bundle, verify="sizes" if no_digest else "full")
+    verify: Verify = "sizes" if no_digest else "full"
+    opened = Bundle.open(bundle, verify=verify, engines=False)
+    faults = opened.engine_faults(verify)
     digests = "not checked" if no_digest else "checked"
     if as_json:
-        document = {"bundle": bundle, "digests": digests, "manifest": json.loads(opened.manifest.to_json())}
+        manifest = json.loads(opened.manifest.to_json())
+        document = {"bundle": bundle, "digests": digests, "engine_faults": faults, "manifest": manifest}
         click.echo(json.dumps(document, indent=2, sort_keys=True))
-        return
-    for line in report(bundle, digests, opened.manifest):
-        click.echo(_CONTROL.sub("?", line))
+    else:
+        for line in report(bundle, digests, opened.manifest, faults):
+            click.echo(_CONTROL.sub("?", line))
+    if faults:
+        count = f"{len(faults)} of {len(opened.manifest.engines)} engines missing or damaged"
+        raise BundleError(f"bundle {bundle} has {count}; build one again with: moe3d-export {bundle}")
 
 
-def report(path: str, digests: str, manifest: Manifest) -> list[str]:
-    """The lines of the text form."""
+def report(path: str, digests: str, manifest: Manifest, faults: Mapping[str, str]) -> list[str]:
+    """The lines of the text form; `faults` is what is wrong with which engine."""
     config, checkpoint, prep = manifest.config, manifest.checkpoint, manifest.preprocessing
     experts = "no experts (VGGT head)"
     if config.moe:
@@ -58,7 +69,10 @@ def report(path: str, digests: str, manifest: Manifest) -> list[str]:
         ("outputs", _tensors(manifest.outputs)),
         ("shapes", [f"{name} {_range(getattr(ranges, name))}" for name in ("batch", "views", "height", "width")]),
         ("files", _columns((name, _size(entry.size)) for name, entry in sorted(manifest.files.items()))),
-        ("engines", [line for engine in manifest.engines for line in _engine(engine)] or ["none"]),
+        (
+            "engines",
+            [line for engine in manifest.engines for line in _engine(engine, faults.get(engine.file))] or ["none"],
+        ),
         ("verification", _verification(manifest.verification)),
         ("written by", [", ".join(f"{tool} {version}" for tool, version in sorted(manifest.created_by.items()))]),
     ]
@@ -80,7 +94,7 @@ def _range(values: Range) -> str:
     return (f"{values.min} and more" if values.max is None else f"{values.min}..{values.max}") + step
 
 
-def _engine(engine: EngineRecord) -> list[str]:
+def _engine(engine: EngineRecord, fault: str | None) -> list[str]:
     capabilities = ", ".join(f"{value // 10}.{value % 10}" for value in engine.compute_capabilities)
     plugin = "needs its plugin library" if engine.plugin else "no plugin"
     lines = [
@@ -90,6 +104,8 @@ def _engine(engine: EngineRecord) -> list[str]:
     for profile in engine.profiles:
         shapes = ("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))
         lines.append("  profile BxSxHxW {} / {} / {} (min / opt / max)".format(*shapes))
+    if fault:
+        lines.append(f"  CANNOT BE USED: {fault}")
     return lines
 
 

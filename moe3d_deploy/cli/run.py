@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 
-@click.command("run", short_help="Run a bundle on images, a folder or a video")
+@click.command("run", short_help="Run a bundle on images or folders of them")
 @click.argument("source", metavar="BUNDLE")
 @click.argument("images", metavar="IMAGES...", nargs=-1, required=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
@@ -46,7 +46,9 @@ def run_command(
     \b
     moe3d run bundle left.png right.png -o out
     """
+    from moe3d_deploy.bundle import is_bundle
     from moe3d_deploy.images import find_images, load_images
+    from moe3d_deploy.runtime.output_folder import prepare_folder
     from moe3d_deploy.runtime.outputs import check_formats, write_scene
     from moe3d_deploy.runtime.session import Session
 
@@ -61,8 +63,9 @@ def run_command(
         seed=seed,
         allow_pickle=allow_pickle,
         view_chunk=view_chunk,
+        load=False,  # what takes long comes after all that may be wrong with the arguments
     )
-    loaded = time.perf_counter()
+    opened = time.perf_counter()
     wanted = session.preprocessing
     batch = load_images(
         paths,
@@ -71,7 +74,11 @@ def run_command(
         patch_size=wanted.patch_size,
         exif=exif,  # type: ignore[arg-type]
     )
+    session.check(batch.images)
+    prepare_folder(output)
     prepared = time.perf_counter()
+    session.load()
+    loaded = time.perf_counter()
     result = session.run(batch.images)
     computed = time.perf_counter()
     files = write_scene(result, batch, output, formats=kinds, drop_lowest=drop_lowest)
@@ -79,9 +86,9 @@ def run_command(
 
     views, _, height, width = batch.images.shape
     seconds = {
-        "load": loaded - started,
-        "images": prepared - loaded,
-        "model": computed - prepared,
+        "load": opened - started + loaded - prepared,
+        "images": prepared - opened,
+        "model": computed - loaded,
         "write": written - computed,
     }
     depth = result["depth"]
@@ -99,6 +106,7 @@ def run_command(
     times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     click.echo(f"{session.name}: {views} views of {width}x{height}; {times}")
     click.echo(f"depth from {depth.min():.3g} to {depth.max():.3g}, up to the scene's scale (not metres)")
-    if "expert_weights" not in result:
-        click.echo("no expert maps: the bundle has no output expert_weights (moe3d-export --outputs expert_weights)")
+    if session.config and session.config.moe and "expert_weights" not in result:
+        command = "moe3d-export" if is_bundle(source) else "moe3d run"
+        click.echo(f"no expert maps; for them: {command} --outputs expert_weights,expert_entropy")
     click.echo(f"{len(files)} files in {output}: cameras.json, {', '.join(kinds)}")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe3d_deploy.errors import BundleError, MissingExtraError, Moe3dError
+from moe3d_deploy.errors import BundleError, Moe3dError
+from moe3d_deploy.runtime.packages import load_package
 
 _SEVERITY_ERROR = 3  # of onnxruntime's logger
 
@@ -16,10 +17,7 @@ class OnnxBackend:
     """A session over one ONNX file of the contract."""
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingExtraError("onnxruntime", "cpu") from error
+        ort = load_package("onnxruntime")
         options = ort.SessionOptions()
         options.log_severity_level = _SEVERITY_ERROR
         # A second, rearranged copy of the weights: for moe3d-1b 1.8 GB and 9 s of 21 s to load, no gain in latency.

@@ -14,12 +14,21 @@ from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_path, atomic_write
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.colormaps import colorize, expert_map, inverse_depth, robust_range
+from moe3d_deploy.runtime.output_folder import CAMERAS_FILE, prepare_folder, remove_earlier_scene, write_errors
 from moe3d_deploy.runtime.overview import overview
-from moe3d_deploy.runtime.pointcloud import check_scene, point_cloud, valid_pixels, write_glb, write_ply
+from moe3d_deploy.runtime.pointcloud import (
+    check_scene,
+    point_cloud,
+    require_points,
+    valid_pixels,
+    write_glb,
+    write_ply,
+)
 
 FORMATS = ("png", "npz", "ply", "glb")
 CAMERAS_FORMAT_VERSION = 1
 _PNG_MAX = 65535
+_TOP_PERCENTILE, _TOP_FACTOR = 99.9, 1.5  # of the scene's valid depths: what the depth PNG's largest value stands for
 _STEM_BYTES = 120  # leaves room for index, suffix and a temporary name below the 255 bytes of a file name
 
 
@@ -38,9 +47,13 @@ def write_scene(
     batch     the images the result belongs to: S views of the network size H x W
     formats   some of FORMATS; `cameras.json` is always written, and last: a folder that has it is complete
 
+    An earlier scene in the folder goes first: its cameras.json, then the files that it lists; nothing else is touched.
+
     png   per view <index>_<stem>_depth.png (16 bit, depth = value * depth_png_scale, 0 invalid), _depth_color.png
           (colours of 1 / depth: near is warm), _conf.png and, where the result has them, _experts.png and _entropy.png;
-          one depth scale and one colour range for all views; padding is 0 or black; overview.png shows them together
+          one depth scale and one colour range for all views; padding is 0 or black; overview.png shows them together.
+          65535 stands for 1.5 times the 99.9th percentile of the scene's depth, or its maximum where that is smaller;
+          deeper pixels have 65535 too: `saturated_fraction` in cameras.json is their share of a view's valid ones
     npz   scene.npz with every array of the result, padding included
     ply, glb   points.ply, points.glb without the `drop_lowest` fraction of lowest confidence (see `point_cloud`)
 
@@ -54,12 +67,9 @@ def write_scene(
     _check_experts(arrays, views, height, width)
     masks = np.stack([view.valid_mask(height, width) for view in batch.views])
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(folder)
+    with write_errors(folder):
         return _write_files(arrays, batch, masks, folder, formats, drop_lowest)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{folder}: cannot write the results ({reason}); choose another output folder") from error
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -79,7 +89,11 @@ def _write_files(
     written: list[Path] = []
     if "glb" in formats or "ply" in formats:
         cloud = point_cloud(arrays, batch.images, masks, drop_lowest=drop_lowest)
-        for name, write in (("glb", write_glb), ("ply", write_ply)):  # GLB first: it refuses an empty cloud
+        if "glb" in formats:
+            require_points(cloud, folder / "points.glb")
+    remove_earlier_scene(folder)
+    if "glb" in formats or "ply" in formats:
+        for name, write in (("glb", write_glb), ("ply", write_ply)):
             if name in formats:
                 written.append(folder / f"points.{name}")
                 write(cloud, written[-1])
@@ -89,8 +103,7 @@ def _write_files(
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
     valid = valid_pixels(arrays["depth"], masks)
-    depths = arrays["depth"][valid]
-    scale = float(depths.max()) / _PNG_MAX if depths.size else 1.0
+    scale = _png_scale(arrays["depth"][valid])
     ranges = _color_ranges(arrays, masks, valid)
     pictures: list[dict[str, Path]] = [{} for _ in batch.views]
     if "png" in formats:
@@ -110,7 +123,7 @@ def _write_files(
     document = {
         "format_version": CAMERAS_FORMAT_VERSION,
         "depth_png_scale": scale,
-        "depth_png": "depth = value * depth_png_scale; 0 is invalid",
+        "depth_png": "depth = value * depth_png_scale; 0 is invalid, 65535 is that deep or deeper",
         "depth_unit": "up to the scene's scale, not metres",
         "conventions": {
             "axes": "OpenCV: x right, y down, z forward",
@@ -119,12 +132,13 @@ def _write_files(
             "pixels": "pixel centres at integers",
         },
         "color_ranges": ranges,
+        "files": [path.name for path in written],
         "views": [
-            _view_entry(arrays, batch, index, masks[index], valid[index], pictures[index])
+            _view_entry(arrays, batch, index, masks[index], valid[index], pictures[index], scale)
             for index in range(len(batch.views))
         ],
     }
-    written.append(folder / "cameras.json")
+    written.append(folder / CAMERAS_FILE)
     text = json.dumps(_json_value(document), indent=2, sort_keys=True, allow_nan=False)
     atomic_write(written[-1], (text + "\n").encode("ascii"))
     return written
@@ -195,9 +209,21 @@ def _pictures(
     return pictures
 
 
+def _png_scale(depths: np.ndarray) -> float:
+    """Depth per step of the PNG. A few outliers (below 0.1 % of the pixels) do not take the steps of all others."""
+    if not depths.size:
+        return 1.0
+    values = depths.astype(np.float64)
+    return min(float(values.max()), _TOP_FACTOR * float(np.percentile(values, _TOP_PERCENTILE))) / _PNG_MAX
+
+
+def _steps(depth: np.ndarray, scale: float) -> np.ndarray:
+    return np.rint(depth.astype(np.float64) / scale)
+
+
 def _quantize(depth: np.ndarray, valid: np.ndarray, scale: float) -> np.ndarray:
-    """(H, W) uint16: depth / scale rounded; a valid depth below scale / 2 becomes 1, since 0 is invalid."""
-    steps = np.rint(np.where(valid, depth, 0).astype(np.float64) / scale)
+    """(H, W) uint16: depth / scale rounded, at most 65535; a valid depth below scale / 2 is 1, since 0 is invalid."""
+    steps = _steps(np.where(valid, depth, 0), scale)
     return np.where(valid, np.clip(steps, 1, _PNG_MAX), 0).astype(np.uint16)
 
 
@@ -208,6 +234,7 @@ def _view_entry(
     mask: np.ndarray,
     valid: np.ndarray,
     pictures: dict[str, Path],
+    scale: float,
 ) -> dict[str, Any]:
     view, intrinsics = batch.views[index], arrays["intrinsics"][index]
     depths = arrays["depth"][index][valid]
@@ -225,6 +252,7 @@ def _view_entry(
         "depth_near": depths.min() if depths.size else None,
         "depth_far": depths.max() if depths.size else None,
         "valid_fraction": depths.size / max(int(mask.sum()), 1),  # of the pixels that are no padding
+        "saturated_fraction": int((_steps(depths, scale) > _PNG_MAX).sum()) / max(depths.size, 1),  # of the valid ones
         "files": {kind: path.name for kind, path in pictures.items()},
     }
 

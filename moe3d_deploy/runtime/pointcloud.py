@@ -133,6 +133,15 @@ def write_ply(cloud: PointCloud, path: Path) -> None:
         file.write(vertices.tobytes())
 
 
+def require_points(cloud: PointCloud, path: Path) -> None:
+    """Raise InputError if the cloud is empty and so no GLB at `path` can hold it."""
+    if len(cloud) == 0:
+        raise InputError(
+            f"{path}: there are no points and glTF cannot hold an empty cloud; lower drop_lowest, "
+            "check that the depth is finite and positive, or leave glb out of the formats"
+        )
+
+
 def write_glb(cloud: PointCloud, path: Path) -> None:
     """Write a binary glTF 2.0 file with one POINTS primitive.
 
@@ -140,11 +149,7 @@ def write_glb(cloud: PointCloud, path: Path) -> None:
     (y up, z backward). Colours are the image's bytes, with an alpha of 255 that keeps every vertex 4-byte aligned.
     Raises InputError for an empty cloud: glTF has no accessor without elements.
     """
-    if len(cloud) == 0:
-        raise InputError(
-            f"{path}: there are no points and glTF cannot hold an empty cloud; lower drop_lowest, "
-            "check that the depth is finite and positive, or leave glb out of the formats"
-        )
+    require_points(cloud, path)
     positions = np.ascontiguousarray(cloud.points, "<f4")
     colors = np.full((len(cloud), 4), 255, np.uint8)
     colors[:, :3] = cloud.colors

@@ -1,5 +1,7 @@
 """One `Session` over every way to run the model: a bundle in ONNX Runtime, a checkpoint in PyTorch."""
 
+import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -7,9 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.bundle import Bundle, is_bundle
+from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.manifest import MANIFEST_NAME, Preprocessing, Range, ShapeRanges
+from moe3d_deploy.manifest import Preprocessing, Range, ShapeRanges
+from moe3d_deploy.runtime.onnx_backend import OnnxBackend
 
 BACKENDS = ("auto", "onnxruntime", "pytorch")
 
@@ -19,6 +23,9 @@ class Backend(Protocol):
 
     @property
     def output_names(self) -> Sequence[str]: ...
+
+    def load(self) -> None:
+        """Get ready what takes long, unless it is; `run` does so too."""
 
     def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]: ...
 
@@ -30,14 +37,22 @@ class Session:
         result = session.run(images)      # images (S, 3, H, W) or (B, S, 3, H, W), RGB in [0, 1]
         result["depth"]                   # (S, H, W) or (B, S, H, W)
 
-    A session is for one thread at a time.
+    A session is for one thread at a time. `config` is the model's, where it is known.
     """
 
-    def __init__(self, backend: Backend, name: str, preprocessing: Preprocessing, shapes: ShapeRanges) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        preprocessing: Preprocessing,
+        shapes: ShapeRanges,
+        config: ModelConfig | None = None,
+    ) -> None:
         self.backend = backend
         self.name = name
         self.preprocessing = preprocessing
         self.shapes = shapes
+        self.config = config
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -53,8 +68,12 @@ class Session:
         seed: int = 0,
         allow_pickle: bool = False,
         view_chunk: int | None = None,
+        load: bool = True,
     ) -> "Session":
         """Open a bundle (ONNX Runtime) or a checkpoint or preset (PyTorch); "auto" goes by what `source` is.
+
+        load   False puts off what takes long, a bundle's digests and the weights, to `load` or the first run; what
+               the session tells of itself is known at once
 
         The other arguments are PyTorch's: outputs beyond the default ones, a preset's seed, whether a pickle may be
         read, and how many views the dense heads take at a time.
@@ -63,30 +82,35 @@ class Session:
         """
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
-        is_bundle = _is_bundle(Path(source))
-        if is_bundle and backend == "pytorch":
+        of_bundle = is_bundle(source)
+        if not of_bundle:
+            _require_source(source)
+        if of_bundle and backend == "pytorch":
             raise InputError(f"{source} is a bundle, which holds no PyTorch weights; name its checkpoint instead")
-        if backend == "onnxruntime" and not is_bundle:
+        if backend == "onnxruntime" and not of_bundle:
             raise InputError(f"{source} is not a bundle; make one with: moe3d-export {source} -o bundle")
-        if is_bundle:
+        if of_bundle:
             if outputs:
                 raise InputError(f"the outputs of bundle {source} were chosen at export; export again with --outputs")
             given = {"seed": seed != 0, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
             if unused := [name for name, is_given in given.items() if is_given]:
                 raise InputError(f"{unused[0]} is for PyTorch alone; leave it out for bundle {source}")
-            return cls._open_bundle(Path(source))
-        return cls._open_checkpoint(source, outputs, seed, allow_pickle, view_chunk)
+            session = cls._of_bundle(Path(source))
+        else:
+            session = cls._of_checkpoint(source, outputs, seed, allow_pickle, view_chunk)
+        if load:
+            session.load()
+        return session
 
     @classmethod
-    def _open_bundle(cls, path: Path) -> "Session":
-        from moe3d_deploy.runtime.onnx_backend import OnnxBackend
-
-        bundle = Bundle.open(path)
+    def _of_bundle(cls, path: Path) -> "Session":
+        bundle = Bundle.open(path, verify="sizes", engines=False)
         manifest = bundle.manifest
-        return cls(OnnxBackend(bundle.model_path), manifest.name, manifest.preprocessing, manifest.shape_ranges)
+        backend = _BundleBackend(bundle)
+        return cls(backend, manifest.name, manifest.preprocessing, manifest.shape_ranges, manifest.config)
 
     @classmethod
-    def _open_checkpoint(
+    def _of_checkpoint(
         cls, source: str | Path, outputs: Sequence[str], seed: int, allow_pickle: bool, view_chunk: int | None
     ) -> "Session":
         from moe3d_deploy.runtime.torch_backend import TorchBackend
@@ -95,25 +119,36 @@ class Session:
         config = backend.config
         pixels = Range(config.patch_size, None, config.patch_size)
         shapes = ShapeRanges(Range(1, None), Range(1, None), pixels, pixels)
-        return cls(backend, backend.name, Preprocessing.of(config), shapes)
+        return cls(backend, backend.name, Preprocessing.of(config), shapes, config)
+
+    def load(self) -> None:
+        """Check a bundle's digests and load the weights, unless that is done.
+
+        Raises BundleError, CheckpointError or MissingExtraError.
+        """
+        self.backend.load()
 
     def run(self, images: ArrayLike) -> dict[str, NDArray[Any]]:
         """Run one scene (S, 3, H, W) or several (B, S, 3, H, W); outputs have the B axis only if the images have.
 
-        Raises InputError for an array that does not fit.
+        Raises InputError for an array that does not fit, before anything is loaded.
         """
+        array = self.check(images)
+        result = self.backend.run(array)
+        return {name: value[0] for name, value in result.items()} if np.ndim(images) == 4 else result
+
+    def check(self, images: ArrayLike) -> NDArray[np.float32]:
+        """The images as `run` hands them on, (B, S, 3, H, W) float32. Raises InputError as `run` does."""
         try:
             array = np.asarray(images)
         except ValueError as error:  # lists of unequal length
             raise InputError(
                 f"images: expected an array of numbers, got a {type(images).__name__} that is none"
             ) from error
-        single = array.ndim == 4
-        if single:
+        if array.ndim == 4:
             array = array[None]
         self._check(array)
-        result = self.backend.run(np.ascontiguousarray(array, np.float32))
-        return {name: value[0] for name, value in result.items()} if single else result
+        return np.ascontiguousarray(array, np.float32)
 
     def _check(self, images: NDArray[Any]) -> None:
         if images.ndim != 5 or images.shape[2] != 3:
@@ -129,11 +164,35 @@ class Session:
             _check_size(axis, size, getattr(self.shapes, axis))
 
 
-def _is_bundle(path: Path) -> bool:
-    """A folder with a manifest, or one that has lost it: a bundle's file and no checkpoint."""
-    if (path / MANIFEST_NAME).is_file():
-        return True
-    return (path / "model.onnx").is_file() and not (path / "model.safetensors").is_file()
+class _BundleBackend:
+    """A bundle in ONNX Runtime; its digests are checked before ONNX Runtime sees a byte. Engines do not matter here."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._backend: OnnxBackend | None = None
+        self.output_names = tuple(output.name for output in bundle.manifest.outputs)
+
+    def load(self) -> None:
+        self._loaded()
+
+    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        return self._loaded().run(images)
+
+    def _loaded(self) -> OnnxBackend:
+        if self._backend is None:
+            self._bundle.check(engines=False)
+            self._backend = OnnxBackend(self._bundle.model_path)
+        return self._backend
+
+
+def _require_source(source: str | Path) -> None:
+    """Raise InputError for a name that leads nowhere: without torch, which knows checkpoints, but not typing errors."""
+    name = str(source).removeprefix("preset:")
+    if os.path.exists(source) or (name in PRESETS and not isinstance(source, Path)):
+        return
+    close = difflib.get_close_matches(name, PRESETS, n=1)
+    remedy = f"did you mean {close[0]}?" if close else "check the path"
+    raise InputError(f"{source}: no such file or folder, nor a preset ({', '.join(PRESETS)}); {remedy}")
 
 
 def _check_size(axis: str, size: int, allowed: Range) -> None:

@@ -6,7 +6,16 @@ TensorRT-RTX aborts the process when one is.
 """
 
 from moe3d_deploy.trt.builder import BuiltEngine, build_engine
-from moe3d_deploy.trt.library import RTX_CAPABILITIES, Capability, available, load, require, title, visible_gpus
+from moe3d_deploy.trt.library import (
+    RTX_CAPABILITIES,
+    Capability,
+    available,
+    load,
+    require,
+    target_capabilities,
+    title,
+    visible_gpus,
+)
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts
 from moe3d_deploy.trt.runner import EngineRunner
 from moe3d_deploy.trt.watch import Progress
@@ -23,6 +32,7 @@ __all__ = [
     "build_engine",
     "load",
     "require",
+    "target_capabilities",
     "title",
     "visible_gpus",
 ]

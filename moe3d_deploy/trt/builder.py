@@ -84,7 +84,7 @@ def build_engine(
             network = parse(trt, path)
             watch.step(_PARSING, 0)
             parsed = time.perf_counter()
-            facts = network_facts(network[1])
+            facts = network_facts(trt, network[1])
             shapes = input_shapes(trt, network[1], profile, path.name)
             config = _config(trt, builder, capabilities, shapes, watch, workspace_bytes, tf32)
             with _PlanFile(Path(out_path)) as plan:

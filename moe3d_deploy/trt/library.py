@@ -94,8 +94,11 @@ def load(builder: str) -> Any:
     return trt
 
 
-def resolve_capabilities(trt: Any, builder: str, asked: Sequence[Capability] | None) -> tuple[Capability, ...]:
-    """What to build for: `asked`, or the default, checked against what the loaded library `trt` can build."""
+def target_capabilities(builder: str, asked: Sequence[Capability] | None = None) -> tuple[Capability, ...]:
+    """What to build for: `asked`, each once, or the builder's default. TensorRT builds for the first visible GPU.
+
+    No library is loaded, so whether TensorRT-RTX knows what was asked shows in the build. EngineError or InputError.
+    """
     if builder == "tensorrt":
         gpus = visible_gpus()
         if not gpus:
@@ -103,7 +106,14 @@ def resolve_capabilities(trt: Any, builder: str, asked: Sequence[Capability] | N
         if asked is not None and list(asked) != gpus[:1]:
             raise InputError(f"TensorRT builds for this machine's GPU, {gpus[0]}, alone; leave capabilities out")
         return (gpus[0],)
-    wanted = RTX_CAPABILITIES if asked is None else tuple(dict.fromkeys((major, minor) for major, minor in asked))
+    return RTX_CAPABILITIES if asked is None else tuple(dict.fromkeys((major, minor) for major, minor in asked))
+
+
+def resolve_capabilities(trt: Any, builder: str, asked: Sequence[Capability] | None) -> tuple[Capability, ...]:
+    """`target_capabilities`, checked against what the loaded library `trt` can build."""
+    wanted = target_capabilities(builder, asked)
+    if builder == "tensorrt":
+        return wanted
     known = [int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
     unknown = [pair for pair in wanted if 10 * pair[0] + pair[1] not in known or not 0 <= pair[1] <= 9]
     if unknown or not wanted:

@@ -21,12 +21,14 @@ class ImageProfile(Protocol):
 class NetworkFacts:
     """What the parsed network holds before the builder fuses it.
 
+    strongly_typed                  as the network itself says
     layers                          layer type -> count
     matmul, convolution, attention  type of the result (fp32, fp16, bf16, ...) -> count of layers
     plugins                         names of the plugin layers
     functions                       op name of each model-local function that was expanded -> count of its nodes
     """
 
+    strongly_typed: bool
     layers: dict[str, int]
     matmul: dict[str, int]
     convolution: dict[str, int]
@@ -42,11 +44,11 @@ def parse(trt: Any, path: Path) -> Any:
     """
     from polygraphy.backend.trt import network_from_onnx_path
 
-    has_flag = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    has_flag = _has_typing_flag(trt)
     if not has_flag and trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11:
         raise EngineError(f"TensorRT {trt.__version__} has no strongly typed networks; install 10.3 or newer")
     network = network_from_onnx_path(str(path), strongly_typed=has_flag)
-    if has_flag and not network[1].get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
+    if not _is_strongly_typed(trt, network[1]):
         raise EngineError(f"{path.name}: the network did not become strongly typed; types would not be the graph's")
     return network
 
@@ -69,7 +71,7 @@ def input_shapes(trt: Any, network: Any, profile: ImageProfile, model: str) -> t
     return shapes
 
 
-def network_facts(network: Any) -> NetworkFacts:
+def network_facts(trt: Any, network: Any) -> NetworkFacts:
     """Count the layers of a parsed network."""
     layers: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {"MATRIX_MULTIPLY": Counter(), "CONVOLUTION": Counter(), "ATTENTION": Counter()}
@@ -86,6 +88,7 @@ def network_facts(network: Any) -> NetworkFacts:
             dtype = layer.get_output(0).dtype.name.lower()
             dtypes[group][_DTYPES.get(dtype, dtype)] += 1
     return NetworkFacts(
+        strongly_typed=_is_strongly_typed(trt, network),
         layers=dict(layers),
         matmul=dict(dtypes["MATRIX_MULTIPLY"]),
         convolution=dict(dtypes["CONVOLUTION"]),
@@ -93,3 +96,12 @@ def network_facts(network: Any) -> NetworkFacts:
         plugins=tuple(plugins),
         functions=dict(Counter(function for _, function in calls)),
     )
+
+
+def _has_typing_flag(trt: Any) -> bool:
+    return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+
+
+def _is_strongly_typed(trt: Any, network: Any) -> bool:
+    """Read from the network; a library without the flag has no other kind (`parse` refuses those before 10)."""
+    return not _has_typing_flag(trt) or network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

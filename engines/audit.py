@@ -1,0 +1,185 @@
+"""Does a built engine hold what its bundle promises? Types, the expert mix and fused attention, failing closed.
+
+Nothing is executed: the network that the builder parsed and the layers it compiled are compared with what the model's
+sizes and the precision policy give. A builder makes a float32 engine of a float32 graph without a word.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe3d_deploy.errors import EngineError
+from moe3d_deploy.manifest import Manifest
+from moe3d_deploy.trt import NetworkFacts
+
+_HALF_TRUNK = ("fp16", "fp16-fp32heads")
+_PRECISIONS = ("fp32", *_HALF_TRUNK)
+
+_PRODUCTS_OF_A_BLOCK = 6  # qkv, proj, fc1, fc2, and attention's two
+# Of a dense head up to its full-resolution features: 4 projections, 3 resizings (2 of them transposed), 4 to the common
+# width, 3 fusions of 5 and the coarsest of 3, 1 output.
+_CONVOLUTIONS_OF_A_HEAD = 4 + 3 + 4 + 3 * 5 + 3 + 1
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the sizes of a model and its precision give.
+
+    blocks         transformer blocks of encoder and aggregator, each with one attention
+    half_products  matrix products in fp16; the others (camera head, position embedding, expert mix) are fp32
+    convolutions   type -> count, transposed ones included
+    expert_mix     nodes of moe3d::ExpertMix
+    """
+
+    blocks: int
+    half_products: int
+    convolutions: dict[str, int]
+    expert_mix: int
+
+
+def expected(manifest: Manifest) -> Expected:
+    """What an engine of this bundle has to hold. Raises EngineError for a precision without a known policy."""
+    config, precision = manifest.config, manifest.precision
+    if precision not in _PRECISIONS:
+        known = ", ".join(_PRECISIONS)
+        raise EngineError(f"{manifest.name}: no audit knows precision {precision!r}; export with one of {known}")
+    blocks = config.vit.depth + 2 * config.aggregator.depth  # the aggregator's come in pairs
+    wide, last = _branches(manifest)
+    dense = (1 + _has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD + wide
+    convolutions = {
+        "fp32": {"fp16": 0, "fp32": 1 + dense + last},
+        "fp16": {"fp16": 1 + dense, "fp32": last},
+        "fp16-fp32heads": {"fp16": 1, "fp32": dense + last},
+    }[precision]
+    return Expected(
+        blocks=blocks,
+        half_products=blocks * _PRODUCTS_OF_A_BLOCK if precision in _HALF_TRUNK else 0,
+        convolutions={dtype: count for dtype, count in convolutions.items() if count},
+        expert_mix=int(manifest.merged_experts),
+    )
+
+
+def _branches(manifest: Manifest) -> tuple[int, int]:
+    """Convolutions behind the features of all dense heads: 3x3, and the last 1x1, whose output is exponentiated."""
+    moe = manifest.config.moe
+    branches = moe.num_experts + 1 if moe else 1
+    wide, last = (1, 0) if manifest.merged_experts else (branches, branches)
+    points = _has_point_head(manifest)
+    return wide + points, last + points
+
+
+def _has_point_head(manifest: Manifest) -> bool:
+    return any(tensor.name in ("point_map", "point_map_conf") for tensor in manifest.outputs)
+
+
+def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Compare what `engines.build` found in an engine, the `audit` of its record, with what `manifest` asks for.
+
+    Returns a JSON-able dict: `summary` (one line for people), `faults` (empty for a good engine), `notes`, and the
+    figures. Raises EngineError for facts that are not complete.
+    """
+    want = expected(manifest)
+    try:
+        network = NetworkFacts(**facts["network"])
+        fused = facts["compiled"] and facts["compiled"]["fused_attention"]
+        figures = {key: facts[key] for key in ("tf32", "activation_memory_bytes", "executed")}
+    except (KeyError, TypeError) as error:
+        raise EngineError(
+            f"the builder's report on the engine of {manifest.name} is not complete ({error}), so it "
+            "cannot be audited; build it again with one version of moe3d-deploy"
+        ) from error
+    unfused = fused == 0
+    main = "fp16" if want.half_products else "fp32"
+    parts = (
+        f"{main} matmuls {_share(network.matmul, main)}",
+        f"convolutions {_share(network.convolution, main)}",
+        _mix(network),
+        "attention fusion not told" if fused is None else f"attention fused {fused} of {want.blocks}",
+        "executed" if figures["executed"] else "not executed",
+    )
+    return {
+        "summary": ", ".join(parts),
+        "faults": [
+            *_type_faults(network, want, manifest.precision),
+            *_mix_faults(network, want),
+            *_attention_faults(fused, want),
+        ],
+        "notes": ["attention is not fused: its memory grows with the square of the tokens"] if unfused else [],
+        "strongly_typed": network.strongly_typed,
+        "matmuls": network.matmul,
+        "convolutions": network.convolution,
+        "attentions": want.blocks,
+        "fused_attention": fused,
+        **figures,
+    }
+
+
+def require_audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """The `audit` of a good engine. Raises EngineError, in one line, for one that is not what its bundle promises."""
+    result = audit(facts, manifest)
+    if result["faults"]:
+        raise EngineError(
+            f"the engine of {manifest.name} is not the {manifest.precision} engine that its bundle promises: "
+            f"{'; '.join(result['faults'])}"
+        )
+    return result
+
+
+_EXPORT_AGAIN = "export the model again"
+
+
+def _type_faults(network: NetworkFacts, want: Expected, precision: str) -> list[str]:
+    faults = []
+    if network.strongly_typed is not True:
+        faults.append("its network is not strongly typed, so the builder chose the types: use TensorRT 10.3 or newer")
+    products, least = network.matmul, want.blocks * _PRODUCTS_OF_A_BLOCK
+    half, total = products.get("fp16", 0), sum(products.values())
+    if half != want.half_products or total < least or set(products) - {"fp16", "fp32"}:
+        asked = (
+            f"{want.half_products} fp16 matmuls and the others" if want.half_products else f"{least} or more matmuls"
+        )
+        faults.append(f"{precision} asks for {asked} in fp32, the network has {_counts(products)}: {_EXPORT_AGAIN}")
+    if network.convolution != want.convolutions:
+        asked, found = _counts(want.convolutions), _counts(network.convolution)
+        faults.append(f"{precision} asks for {asked} convolutions, the network has {found}: {_EXPORT_AGAIN}")
+    return faults
+
+
+def _mix(network: NetworkFacts) -> str:
+    if _mix_plugins(network):
+        return "ExpertMix as plugin"
+    return "ExpertMix as function" if network.functions.get("ExpertMix") else "no ExpertMix"
+
+
+def _mix_plugins(network: NetworkFacts) -> list[str]:
+    return [name for name in network.plugins if "ExpertMix" in name]
+
+
+def _mix_faults(network: NetworkFacts, want: Expected) -> list[str]:
+    plugins = _mix_plugins(network)
+    found = network.functions.get("ExpertMix", 0) + len(plugins)
+    faults = []
+    if found != want.expert_mix:
+        experts = "merged experts" if want.expert_mix else "a model without merged experts"
+        verb = "ask" if want.expert_mix else "asks"
+        faults.append(f"{experts} {verb} for {want.expert_mix} ExpertMix, the network has {found}: {_EXPORT_AGAIN}")
+    if others := [name for name in network.plugins if name not in plugins]:
+        faults.append(f"layer {others[0]} is a plugin, which the model does not ask for: {_EXPORT_AGAIN}")
+    return faults
+
+
+def _attention_faults(fused: int | None, want: Expected) -> list[str]:
+    """TensorRT-RTX never fuses float32 attention: a note, no fault."""
+    if fused is None or not want.half_products or fused == want.blocks:
+        return []
+    return [
+        f"{want.blocks} attentions are to be fused, the compiled engine has {fused}, and the others' memory grows with "
+        "the square of the tokens: build with another version (TensorRT-RTX 1.7.1 fuses all)"
+    ]
+
+
+def _share(counts: dict[str, int], dtype: str) -> str:
+    return f"{counts.get(dtype, 0)} of {sum(counts.values())}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {dtype}" for dtype, count in sorted(counts.items())) or "none"

@@ -1,0 +1,154 @@
+"""Adding an engine to a bundle: what is built and recorded, and that nothing enters which fails its audit."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe3d_deploy import trt
+from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.engines import add
+from moe3d_deploy.engines.add import add_built_engine
+from moe3d_deploy.engines.shapes import ShapeProfile
+from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.manifest import MANIFEST_NAME, Profile
+
+pytest.importorskip("tensorrt_rtx", reason="builds engines: pip install 'moe3d-deploy[rtx]'")
+exports = pytest.importorskip("exports", reason="exports a model: pip install 'moe3d-deploy[export]'")
+pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+
+SHAPES = ShapeProfile.from_ranges(views="1:2:3", height="28:42", width="42")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A copy of the small fp16 bundle: 3 blocks, merged experts."""
+    return Bundle.open(shutil.copytree(exports.bundle().path, tmp_path / "small"))
+
+
+def pretend(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle on the disk says something else of itself."""
+    manifest = dataclasses.replace(Bundle.open(bundle.path).manifest, **changes)
+    (bundle.path / MANIFEST_NAME).write_text(manifest.to_json())
+    return Bundle.open(bundle.path)
+
+
+def test_an_audited_engine_enters_the_bundle(bundle: Bundle) -> None:
+    after, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 9)])
+    assert record.file.startswith("engines/small_1-2-3x28-42-42x42_fp16_sm89_rtx")
+    assert record.compute_capabilities == (89,)
+    assert record.profiles == (Profile((1, 1, 28, 42), (1, 2, 42, 42), (1, 3, 42, 42)),)
+    assert record.plugin is None
+    assert record.build["plan_bytes"] == after.engine_path(record).stat().st_size
+    # Compiled for real: one block in the encoder and two in the aggregator.
+    assert record.audit["summary"].startswith("fp16 matmuls 18 of ")
+    assert record.audit["summary"].endswith(
+        ", convolutions 32 of 32, ExpertMix as function, attention fused 3 of 3, not executed"
+    )
+    assert Bundle.open(bundle.path).manifest.engines == (record,)
+
+
+def test_an_engine_that_is_not_what_the_bundle_promises_stays_out(bundle: Bundle) -> None:
+    promised = pretend(bundle, precision="fp32")
+    with pytest.raises(EngineError, match=r"^the engine of small is not the fp32 engine .* the network has 18 fp16, "):
+        add_built_engine(promised, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 9)])
+    assert Bundle.open(bundle.path).manifest == promised.manifest
+    assert [path for path in (bundle.path / "engines").iterdir() if not path.name.startswith(".")] == []
+
+
+# Around the build, which is not run
+
+
+class Builds:
+    """Stands in for the build: writes a few bytes and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, onnx: Path, out: Path, shapes: ShapeProfile, **options: Any) -> dict[str, Any]:
+        self.asked.append(options)
+        out.write_bytes(b"plan")
+        capabilities = [10 * major + minor for major, minor in options["compute_capabilities"]]
+        network = trt.NetworkFacts(True, {}, {"fp16": 18, "fp32": 24}, {"fp16": 32}, {}, (), {"ExpertMix": 1})
+        audit = {
+            "tf32": False,
+            "network": dataclasses.asdict(network),
+            "compiled": {"layers": {}, "fused_attention": 3},
+            "activation_memory_bytes": [1],
+            "executed": False,
+        }
+        return {
+            "builder_version": "1.7.1.116",
+            "compute_capabilities": capabilities,
+            "plugin": None,
+            "audit": audit,
+            "build": {"seconds": 1.0},
+        }
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
+    stand_in = Builds()
+    monkeypatch.setattr(add, "build", stand_in)
+    return stand_in
+
+
+def test_targets_and_workspace_reach_the_builder(bundle: Bundle, builds: Builds) -> None:
+    _, record = add_built_engine(
+        bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(12, 0), (8, 6), (8, 6)], workspace_bytes=1 << 30
+    )
+    assert builds.asked[0]["compute_capabilities"] == ((12, 0), (8, 6))
+    assert builds.asked[0]["workspace_bytes"] == 1 << 30
+    assert "_sm86-120_rtx" in record.file
+
+
+def test_without_targets_the_builders_default_is_built(bundle: Bundle, builds: Builds) -> None:
+    _, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES)
+    assert builds.asked[0]["compute_capabilities"] == trt.RTX_CAPABILITIES
+    assert builds.asked[0]["workspace_bytes"] is None
+    assert "_sm80-86-89-120_rtx" in record.file
+
+
+def test_no_target_at_all_is_refused(bundle: Bundle, builds: Builds) -> None:
+    with pytest.raises(InputError, match="at least one compute capability"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[])
+    assert builds.asked == []
+
+
+def test_a_precision_that_no_audit_knows_is_refused_before_the_build(bundle: Bundle, builds: Builds) -> None:
+    with pytest.raises(EngineError, match="no audit knows precision 'bf16'"):
+        add_built_engine(pretend(bundle, precision="bf16"), "tensorrt-rtx", SHAPES)
+    assert builds.asked == []
+
+
+def test_name_and_precision_are_of_the_bundle_as_it_is_now(bundle: Bundle, builds: Builds) -> None:
+    """`bundle` was opened before its manifest changed."""
+    now = pretend(bundle, name="renamed")
+    after, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES)
+    assert record.file.startswith("engines/renamed_")
+    assert after.manifest.name == now.manifest.name
+
+
+def test_a_bundle_replaced_before_the_lock_is_taken_is_refused(
+    bundle: Bundle, builds: Builds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = add._plan
+
+    def plan(*arguments: Any) -> Any:
+        planned = before(*arguments)
+        pretend(bundle, name="another")
+        return planned
+
+    monkeypatch.setattr(add, "_plan", plan)
+    with pytest.raises(EngineError, match="small was replaced by another meanwhile; build its engine again"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES)
+    assert builds.asked == []
+    assert Bundle.open(bundle.path).manifest.engines == ()
+
+
+def test_engines_for_other_targets_stand_side_by_side(bundle: Bundle, builds: Builds) -> None:
+    _, first = add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 9)])
+    after, second = add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 6)])
+    assert after.manifest.engines == (second, first)
