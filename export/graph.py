@@ -166,7 +166,7 @@ def _clean(graph_model: ir.Model, names: Sequence[str], model: MoE3D) -> None:
         node.metadata_props.clear()
         node.doc_string = None
         if node.op_type == NAME:
-            node.name = "expert_mix"  # an engine's layers carry it: that is how its audit knows a plugin
+            node.name = NAME  # an engine's layers carry it: that is how its audit knows a plugin
         for value in node.outputs:
             value.metadata_props.clear()
             value.shape = None  # inferred anew by every reader, and named after the tracer's symbols
