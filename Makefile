@@ -12,7 +12,7 @@ STAMP := $(VENV)/.moe3d-setup
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
 	@echo "make lint              ruff and mypy"
-	@echo "make test              every test that takes seconds"
+	@echo "make test              all tests but those on the full-size model: minutes"
 	@echo "make test-full         the tests on the full-size model: minutes, several GB of memory"
 	@echo "make test-golden-full  of those, the comparison with the golden files"
 	@echo "make demo              preset to depth maps, in demo/"

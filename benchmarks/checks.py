@@ -116,11 +116,11 @@ def execute(
     request = {"target": check.target, "bundle": bundle and str(bundle.absolute()), "work": str(work.absolute())}
     try:
         with _time_limit(check.limit_seconds):
-            child = run_in_child(function, request, on_event=on_event)
+            child = run_in_child(function, request, title="its process", on_event=on_event)
     except _TimeLimit:
         outcome.reason = _at(outcome.step, f"took longer than its limit of {check.limit_seconds:g} s")
-    except (Moe3dError, ValueError) as error:  # a ValueError: killed while it was writing a line
-        outcome.reason = _at(outcome.step, " ".join(str(error).replace(function, "its process").split()))
+    except (Moe3dError, OSError, ValueError) as error:  # a ValueError: killed while it was writing a line
+        outcome.reason = _at(outcome.step, " ".join(str(error).split()))
     else:
         outcome.peak_host_bytes = child.peak_bytes
         outcome.status, outcome.reason = _verdict(outcome.failures, child.value["skipped"])

@@ -34,7 +34,7 @@ def main(out: Path) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / _MARK).touch()
-    checkpoint, bundle, results = (str(out / name) for name in ("checkpoint", "bundle", "results"))
+    checkpoint, bundle, results = (str(out / name) for name in ("moe3d-tiny", "bundle", "results"))
     expert_outputs = "expert_weights,expert_entropy"
     _run("convert", "moe3d-tiny", "-o", checkpoint)
     _run("export", checkpoint, "-o", bundle, "--precision", "fp16", "--outputs", expert_outputs, "--views", "1:2:4")

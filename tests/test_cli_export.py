@@ -256,6 +256,7 @@ def test_a_failed_export_is_one_line_and_code_1(calls: Calls, tmp_path: Path, ca
         (["moe3d-tiny", "-o", "{out}", "--outputs", "expert_depths"], "output 'expert_depths' cannot be exported"),
         (["no-such-thing", "-o", "{out}"], "no-such-thing: no such bundle or checkpoint, nor a preset (vggt-1b, "),
         (["moe3d-tiny", "-o", "{out}", "--builder", "none", "--views", "2"], "--views is a shape of an engine and "),
+        ([".", "-o", "{out}", "--seed", "0"], "--seed is for the weights of a preset, . has its own: leave it out"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_code_2_before_any_work(

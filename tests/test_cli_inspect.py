@@ -72,6 +72,7 @@ def test_every_part_of_the_bundle_is_shown(bundle: Path) -> None:
     assert section(out, "engines") == [
         ENGINE,
         "  tensorrt-rtx 1.6.1, fp16, compute capability 8.9, needs its plugin library",
+        "  fp16 matmuls 456 of 456",
         "  profile BxSxHxW 1x1x392x518 / 1x4x392x518 / 1x8x392x518 (min / opt / max)",
     ]
     assert section(out, "written by") == ["moe3d_deploy 0.1.0, torch 2.13.0"]

@@ -3,10 +3,13 @@
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import click
+import exports
 import pytest
+from PIL import Image
 
 from moe3d_deploy.benchmarks import tables
 from moe3d_deploy.checkpoint import model_shapes
@@ -71,6 +74,17 @@ def test_the_python_of_the_model_page_runs() -> None:
     scope: dict[str, object] = {}
     exec(compile(block, "docs/model.md", "exec"), scope)
     assert scope["out"]["depth"].shape == (1, 2, 168, 252)  # type: ignore[index]
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block for path, block in blocks("python") if path.name == "README.md"]
+    shutil.copytree(exports.bundle().path, tmp_path / "bundle")
+    for name in ("left.png", "right.png"):
+        Image.new("RGB", (80, 60), (200, 100, 50)).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), scope)
+    assert scope["depth"].shape[0] == scope["extrinsics"].shape[0] == 2  # type: ignore[attr-defined]
 
 
 def test_the_parameter_counts_of_the_model_page_are_the_models() -> None:

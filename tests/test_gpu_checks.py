@@ -45,7 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("skips", "skipped", "no such library here"),
         ("lacks_an_extra", "skipped", "tensorrt_rtx is not installed: pip install 'moe3d-deploy[rtx]'"),
         ("lacks_a_module", "skipped", "no_such_library is not installed"),
-        ("raises", "error", "its process ended with code 1: ValueError: what went wrong in file.py (at: second step)"),
+        ("raises", "error", "its process failed: ValueError: what went wrong in file.py (at: second step)"),
         ("raises_ours", "error", "the engine did not run: nothing"),
         ("crashes", "error", f"ended with code {-signal.SIGABRT}"),
         ("crashes", "error", "(at: calling the library)"),

@@ -41,7 +41,7 @@ def example_engine(file: str = ENGINE) -> EngineRecord:
         precision="fp16",
         profiles=(profile,),
         plugin={"name": "ExpertMix", "version": "1"},
-        audit={"fp16_matmuls": [456, 456]},
+        audit={"summary": "fp16 matmuls 456 of 456", "matmuls": {"fp16": 456}},
         build={"seconds": 51.0, "peak_bytes": 2_200_000_000, "host": "x86_64"},
     )
 

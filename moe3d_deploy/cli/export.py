@@ -77,7 +77,8 @@ def export_command(
     progress = Progress()
     ranges = (batch, views, height, width)
     report: dict[str, Any] = {}
-    if source.removeprefix("preset:") not in PRESETS and not Path(source).exists():
+    is_preset = source.removeprefix("preset:") in PRESETS
+    if not is_preset and not Path(source).exists():
         raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
     if builder == "none" and (given := _given(*_OF_AN_ENGINE)):
         raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
@@ -92,6 +93,8 @@ def export_command(
     else:
         if output is None:
             raise InputError("-o is missing: name the bundle folder to write")
+        if (given := _given("seed")) and not is_preset:
+            raise InputError(f"{given[0]} is for the weights of a preset, {source} has its own: leave it out")
         spec = SourceSpec(source, seed, allow_pickle)
         options = ExportOptions(
             policy=PrecisionPolicy(precision),

@@ -101,6 +101,8 @@ def _engine(engine: EngineRecord, fault: str | None) -> list[str]:
         engine.file,
         f"  {engine.builder} {engine.builder_version}, {engine.precision}, compute capability {capabilities}, {plugin}",
     ]
+    if isinstance(summary := engine.audit.get("summary"), str):
+        lines.append(f"  {summary}")
     for profile in engine.profiles:
         shapes = ("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))
         lines.append("  profile BxSxHxW {} / {} / {} (min / opt / max)".format(*shapes))
