@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("bundles", "models", "engine_models")
+
 # Before torch is imported. Its threads otherwise spin while they wait for each other; on a machine that is busy with
 # something else, that makes small models 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -4,7 +4,7 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from moe3d_deploy.checkpoint import save_checkpoint, seeded_source
 from moe3d_deploy.config import AggregatorConfig, CameraHeadConfig, DptHeadConfig, ModelConfig, MoeConfig, VitConfig
@@ -123,3 +125,15 @@ def bundle() -> ExportedBundle:
     path = new_folder("bundle") / "small"
     report = export_bundle(SourceSpec(str(checkpoint())), path, ExportOptions(), on_event=events.append)
     return ExportedBundle(report, events)
+
+
+FILES: dict[str, Callable[[], Exported]] = {
+    "fp16 merged": lambda: bundle().exported,
+    "fp32 merged": merged,
+    "fp32 plain": unmerged,
+}
+IN_EACH = pytest.mark.parametrize("file", FILES)
+
+
+def initializers(exported: Exported) -> dict[str, NDArray[Any]]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in exported.proto.graph.initializer}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from test_manifest import ENGINE, example_engine, example_manifest
+from manifests import ENGINE, example_engine, example_manifest
 
 from moe3d_deploy.bundle import BundleWriter, add_engine
 from moe3d_deploy.cli.inspect import inspect_command

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_manifest import example_manifest
+from manifests import example_manifest
 
 from moe3d_deploy import trt
 from moe3d_deploy.config import PRESETS

@@ -16,7 +16,7 @@ from moe3d_deploy import trt
 from moe3d_deploy.engines import build as engine_build
 from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import EngineRecord
-from moe3d_deploy.trt import library
+from moe3d_deploy.trt import installed
 from moe3d_deploy.trt.network import network_facts
 
 pytest_plugins = ["engine_fixtures"]
@@ -139,7 +139,7 @@ def test_the_plan_is_streamed_and_never_whole_in_memory(
     write_model: Write, build_here: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, plan = write_model("small.onnx"), tmp_path / "plan"
-    library.load("tensorrt-rtx")
+    installed.load("tensorrt-rtx")
     monkeypatch.setattr("polygraphy.backend.trt.engine_bytes_from_network", None)
     assert build_here(path, plan).plan_bytes == plan.stat().st_size > 10_000
 
@@ -149,7 +149,7 @@ def test_a_builder_that_cannot_stream_gives_the_same_engine(
 ) -> None:
     path, streamed, whole = write_model("small.onnx"), tmp_path / "streamed", tmp_path / "whole"
     build_here(path, streamed)
-    monkeypatch.delattr(library.load("tensorrt-rtx").Builder, "build_serialized_network_to_stream")
+    monkeypatch.delattr(installed.load("tensorrt-rtx").Builder, "build_serialized_network_to_stream")
     phases: list[str] = []
     engine = build_here(path, whole, progress=lambda phase, step, total: phases.append(phase))
     assert engine.plan_bytes == whole.stat().st_size == streamed.stat().st_size
@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_raised_inside_the_builder(
     streams: bool,
 ) -> None:
     if not streams:
-        monkeypatch.delattr(library.load("tensorrt-rtx").Builder, "build_serialized_network_to_stream")
+        monkeypatch.delattr(installed.load("tensorrt-rtx").Builder, "build_serialized_network_to_stream")
     (tmp_path / "link").symlink_to(FULL)
     with pytest.raises(EngineError) as error:
         build_here(write_model("small.onnx"), tmp_path / "link")

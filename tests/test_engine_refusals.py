@@ -13,7 +13,7 @@ from moe3d_deploy import trt
 from moe3d_deploy.engines import build as engine_build
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, MissingExtraError
-from moe3d_deploy.trt import library
+from moe3d_deploy.trt import installed
 
 pytest_plugins = ["engine_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
@@ -112,7 +112,7 @@ def test_no_usable_builder_names_the_package(monkeypatch: pytest.MonkeyPatch, in
 def test_a_builder_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="builder 'trtexec' is unknown; use one of tensorrt, tensorrt-rtx"):
         engine_build.resolve_builder("trtexec")
-    monkeypatch.setattr(library, "_is_installed", lambda module: False)
+    monkeypatch.setattr(installed, "_is_installed", lambda module: False)
     with pytest.raises(MissingExtraError, match=r"tensorrt is not installed: pip install 'moe3d-deploy\[trt\]'"):
         engine_build.resolve_builder("tensorrt")
 
@@ -123,7 +123,7 @@ def test_a_process_keeps_its_first_builder(
     path = write_model("small.onnx")
     build_here(path)
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
-    monkeypatch.setattr(library, "require", lambda builder: None)
+    monkeypatch.setattr(installed, "require", lambda builder: None)
     with pytest.raises(EngineError, match="cannot use TensorRT; start another process"):
         trt.build_engine(path, tmp_path / "plan", PROFILE, builder="tensorrt")
 
@@ -131,11 +131,11 @@ def test_a_process_keeps_its_first_builder(
 def test_targets_are_known_before_a_library_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trt.target_capabilities("tensorrt-rtx") == trt.RTX_CAPABILITIES
     assert trt.target_capabilities("tensorrt-rtx", [(8, 9), (8, 6), (8, 9)]) == ((8, 9), (8, 6))
-    monkeypatch.setattr(library, "visible_gpus", lambda: [(8, 7), (8, 9)])
+    monkeypatch.setattr(installed, "visible_gpus", lambda: [(8, 7), (8, 9)])
     assert trt.target_capabilities("tensorrt") == ((8, 7),)
     with pytest.raises(InputError, match="builds for this machine's GPU"):
         trt.target_capabilities("tensorrt", [(8, 9)])
-    monkeypatch.setattr(library, "visible_gpus", list)
+    monkeypatch.setattr(installed, "visible_gpus", list)
     with pytest.raises(EngineError, match="none is visible; use tensorrt-rtx"):
         trt.target_capabilities("tensorrt")
 
@@ -166,7 +166,7 @@ def test_visible_gpus_asks_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_runner_says_that_it_needs_a_gpu(built: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "visible_gpus", list)
+    monkeypatch.setattr(installed, "visible_gpus", list)
     with pytest.raises(EngineError, match=r"^fp16\.plan: running an engine needs an NVIDIA GPU and its driver"):
         trt.EngineRunner(built["fp16"]["plan"], builder="tensorrt-rtx")
 
@@ -175,7 +175,7 @@ def test_the_runner_says_that_it_needs_a_gpu(built: dict[str, dict[str, Any]], m
 def test_an_engine_that_does_not_load_is_one_line(
     built: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "visible_gpus", lambda: [(8, 9)])
+    monkeypatch.setattr(installed, "visible_gpus", lambda: [(8, 9)])
     with pytest.raises(EngineError, match=r"^fp16\.plan: TensorRT-RTX .* cannot load it: Cuda Runtime") as error:
         trt.EngineRunner(built["fp16"]["plan"], builder="tensorrt-rtx")
     assert "/_src" not in one_line(error)

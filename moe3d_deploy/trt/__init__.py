@@ -6,7 +6,7 @@ TensorRT-RTX aborts the process when one is.
 """
 
 from moe3d_deploy.trt.builder import BuiltEngine, build_engine
-from moe3d_deploy.trt.library import (
+from moe3d_deploy.trt.installed import (
     RTX_CAPABILITIES,
     Capability,
     available,

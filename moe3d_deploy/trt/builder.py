@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe3d_deploy.errors import EngineError, InputError
-from moe3d_deploy.trt import library
-from moe3d_deploy.trt.library import Capability
+from moe3d_deploy.trt import installed
+from moe3d_deploy.trt.installed import Capability
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, input_shapes, network_facts, parse
 from moe3d_deploy.trt.watch import Messages, Progress, Watch, one_line, reason
 
@@ -68,11 +68,11 @@ def build_engine(
     A process keeps the builder it used first. Raises InputError, MissingExtraError or EngineError, one line each.
     """
     path = Path(onnx_path)
-    library.require(builder)
+    installed.require(builder)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an ONNX file")
-    trt = library.load(builder)
-    capabilities = library.resolve_capabilities(trt, builder, compute_capabilities)
+    trt = installed.load(builder)
+    capabilities = installed.resolve_capabilities(trt, builder, compute_capabilities)
     watch = Watch(progress, cancelled)
     messages = Messages(lambda line: watch.guard(log, line))
     from polygraphy.exception import PolygraphyException
@@ -96,7 +96,7 @@ def build_engine(
             watch.raise_if_stopped(path.name)
             why = reason(messages.errors) or one_line(str(error))
             raise EngineError(
-                f"{path.name}: {library.title(builder)} {trt.__version__} cannot build it: {why}"
+                f"{path.name}: {installed.title(builder)} {trt.__version__} cannot build it: {why}"
             ) from None
     watch.raise_if_stopped(path.name)
     activation = re.findall(r"Total Activation Memory: (\d+) bytes", "\n".join(messages.lines))

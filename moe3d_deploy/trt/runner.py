@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe3d_deploy.errors import EngineError, InputError
-from moe3d_deploy.trt import library
+from moe3d_deploy.trt import installed
 from moe3d_deploy.trt.watch import Messages, one_line, reason
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ class EngineRunner:
         path = Path(plan_path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; give an engine (.plan)")
-        library.require(builder)
-        if not library.visible_gpus():
+        installed.require(builder)
+        if not installed.visible_gpus():
             raise EngineError(f"{path.name}: running an engine needs an NVIDIA GPU and its driver; none is visible")
-        trt = library.load(builder)
+        trt = installed.load(builder)
         from polygraphy.backend.trt import TrtRunner, get_trt_logger
         from polygraphy.exception import PolygraphyException
 
@@ -39,7 +39,7 @@ class EngineRunner:
                 self._runner.activate()  # fails, too, where there is no engine because it could not be read
             except PolygraphyException as error:
                 why = reason(messages.errors) or one_line(str(error))
-                product = f"{library.title(builder)} {trt.__version__}"
+                product = f"{installed.title(builder)} {trt.__version__}"
                 raise EngineError(f"{path.name}: {product} cannot load it: {why}; build it again here") from None
 
     def run(self, inputs: "Mapping[str, np.ndarray]") -> "dict[str, np.ndarray]":
