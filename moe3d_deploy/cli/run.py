@@ -13,7 +13,10 @@ import click
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "pytorch"]), default="auto", show_default=True)
 @click.option("--mode", type=click.Choice(["crop", "pad"]), help="How photographs become views; default: the bundle's.")
-@click.option("--size", type=click.IntRange(min=1), help="Longer side of a view in pixels; default: the bundle's.")
+@click.option(
+    "--size", type=click.IntRange(min=1),
+    help="Pixels of a view's width (crop) or longer side (pad); default: the bundle's.",
+)  # fmt: skip
 @click.option("--exif", type=click.Choice(["apply", "ignore"]), default="apply", show_default=True)
 @click.option("--formats", default="png,npz,ply,glb", show_default=True, help="What to write, separated by commas.")
 @click.option(
