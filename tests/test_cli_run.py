@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,3 +290,22 @@ def test_a_wrong_call_is_a_usage_error(arguments: list[str], capsys: Capture) ->
     assert out == ""
     assert err.endswith("(see moe3d --help)\n")
     assert err.count("\n") == 1
+
+
+# A machine with what `pip install moe3d-deploy[cpu]` brings: everything else cannot be imported.
+ROBOT = """
+import sys
+for name in ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "sympy", "polygraphy", "tensorrt_rtx", "scipy"):
+    sys.modules[name] = None
+from moe3d_deploy.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_robot_runs_and_inspects_a_bundle_without_torch(tmp_path: Path) -> None:
+    bundle, photo = str(exports.bundle().path), tmp_path / "left.png"
+    Image.new("RGB", (80, 60), (200, 100, 50)).save(photo)
+    for arguments in (["run", bundle, str(photo), "-o", str(tmp_path / "out")], ["inspect", bundle]):
+        done = subprocess.run([sys.executable, "-c", ROBOT, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "points.ply").is_file()
