@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import moe3d_deploy
+from moe3d_deploy.machine import cpu_name
 
 PACKAGES = (
     "click", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu",
@@ -41,7 +42,7 @@ def environment(*, command: Sequence[str] | None = None, revision: str | None = 
         **_cuda(),
         "driver": _driver_version(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "logical_cores": os.cpu_count(),
             "usable_cores": len(os.sched_getaffinity(0)),
         },
@@ -106,12 +107,6 @@ def read_cuda_driver(driver: Any) -> dict[str, Any]:
 def _driver_version() -> str | None:
     lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     return lines.splitlines()[0].strip() if lines else None
-
-
-def _cpu_name() -> str:
-    """The model name; on machines whose kernel gives none (most 64-bit Arm ones), the architecture."""
-    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return names[0].strip() if names else platform.machine()
 
 
 def _memory_bytes() -> int:

@@ -5,7 +5,6 @@ TensorRT-RTX spends most of a build in one call that nothing interrupts; the pro
 
 import dataclasses
 import os
-import platform
 import re
 import signal
 import threading
@@ -19,6 +18,7 @@ from moe3d_deploy import trt
 from moe3d_deploy.child import Emit, peak_bytes, run_in_child
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.machine import cpu_name
 
 REPEAT_SECONDS = 1.0  # the last progress is told again this often, so that a long step shows life
 _THROTTLE_SECONDS = 0.05
@@ -144,7 +144,7 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "parse_seconds": round(engine.parse_seconds, 3),
             "build_seconds": round(engine.build_seconds, 3),
             "plan_bytes": engine.plan_bytes,
-            "host_cpu": _cpu_name(),
+            "host_cpu": cpu_name(),
         },
     }
 
@@ -208,8 +208,3 @@ class _Reporter:
             phase, step, total = self._last
             self._emit({"phase": phase, "step": step, "total": total, "peak_bytes": peak_bytes()})
             self._sent = time.monotonic()
-
-
-def _cpu_name() -> str:
-    names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return names[0].strip() if names else platform.machine()

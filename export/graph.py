@@ -12,7 +12,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
-from moe3d_deploy.errors import ExportError, InputError
+from moe3d_deploy.errors import ExportError, InputError, first_line
 from moe3d_deploy.export.contract import MODEL_FILE, OPSET, output_names, output_shapes
 from moe3d_deploy.export.expert_mix import NAME, SymbolicExpertMix, expert_mix_function
 from moe3d_deploy.model import MoE3D
@@ -84,7 +84,7 @@ def trace(module: nn.Module, patch_size: int) -> torch.export.ExportedProgram:
         program = torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise ExportError(
-            f"the model depends on a concrete shape, so one file cannot serve all: {_gist(error)}"
+            f"the model depends on a concrete shape, so one file cannot serve all: {first_line(error)}"
         ) from error
     _require_general(program, patch_size)
     return program
@@ -181,13 +181,7 @@ def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the written {path.name} is not valid ONNX: {_gist(error)}") from error
-
-
-def _gist(error: Exception) -> str:
-    """The first line of a message that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ExportError(f"the written {path.name} is not valid ONNX: {first_line(error)}") from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OU
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
-from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, Range, ShapeRanges, Tensor, Verification
+from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, ShapeRanges, Tensor, Verification
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute, round, bundle.
@@ -188,8 +188,6 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def _manifest(
     facts: dict[str, Any], config: ModelConfig, options: ExportOptions, verification: Verification
 ) -> Manifest:
-    patch = config.patch_size
-    pixels = Range(min=patch, max=None, step=patch)
     versions = {"moe3d_deploy": __version__, "python": platform.python_version(), "torch": facts["torch"]}
     for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -204,7 +202,7 @@ def _manifest(
         outputs=_outputs(options.outputs, config),
         precision=options.policy.precision,
         opset=OPSET,
-        shape_ranges=ShapeRanges(batch=Range(1, None), views=Range(1, None), height=pixels, width=pixels),
+        shape_ranges=ShapeRanges.of(config),
         merged_experts=options.merge and config.moe is not None,
         verification=verification,
     )

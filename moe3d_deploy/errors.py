@@ -63,3 +63,9 @@ def require(package: str) -> None:
     """Raise MissingExtraError unless `package`, a key of EXTRA_OF, is installed; imports nothing."""
     if importlib.util.find_spec(package) is None:
         raise MissingExtraError(package, EXTRA_OF[package])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message that says something; its class where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -130,6 +130,12 @@ class ShapeRanges:
     height: Range
     width: Range
 
+    @classmethod
+    def of(cls, config: ModelConfig) -> "ShapeRanges":
+        """Everything that a model takes: any number of scenes and views, sides in whole patches."""
+        pixels = Range(min=config.patch_size, max=None, step=config.patch_size)
+        return cls(batch=Range(1, None), views=Range(1, None), height=pixels, width=pixels)
+
 
 @dataclass(frozen=True)
 class Profile:

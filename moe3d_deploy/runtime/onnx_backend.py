@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe3d_deploy.errors import BundleError, Moe3dError
+from moe3d_deploy.errors import BundleError, Moe3dError, first_line
 from moe3d_deploy.runtime.packages import load_package
 
 _SEVERITY_ERROR = 3  # of onnxruntime's logger
@@ -26,7 +26,7 @@ class OnnxBackend:
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise BundleError(f"{model}: ONNX Runtime {ort.__version__} cannot load it: {_gist(error)}") from error
+            raise BundleError(f"{model}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
         self.output_names = [output.name for output in self._session.get_outputs()]
 
     def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
@@ -35,10 +35,5 @@ class OnnxBackend:
             arrays = self._session.run(None, {"images": images})
         except Exception as error:
             shape = "x".join(map(str, images.shape))
-            raise Moe3dError(f"ONNX Runtime failed on images {shape}: {_gist(error)}; try fewer views") from error
+            raise Moe3dError(f"ONNX Runtime failed on images {shape}: {first_line(error)}; try fewer views") from error
         return dict(zip(self.output_names, arrays, strict=True))
-
-
-def _gist(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

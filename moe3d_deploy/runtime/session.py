@@ -117,9 +117,7 @@ class Session:
 
         backend = TorchBackend(source, outputs=outputs, seed=seed, allow_pickle=allow_pickle, view_chunk=view_chunk)
         config = backend.config
-        pixels = Range(config.patch_size, None, config.patch_size)
-        shapes = ShapeRanges(Range(1, None), Range(1, None), pixels, pixels)
-        return cls(backend, backend.name, Preprocessing.of(config), shapes, config)
+        return cls(backend, backend.name, Preprocessing.of(config), ShapeRanges.of(config), config)
 
     def load(self) -> None:
         """Check a bundle's digests and load the weights, unless that is done.
