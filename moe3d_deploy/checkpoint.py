@@ -1,45 +1,62 @@
 """Checkpoints in and out: open one of any kind, build the model from it, write it as a folder.
 
 A checkpoint folder holds `config.json` (the model config, and optionally `licence` and `origin`) and
-`model.safetensors`. VGGT's own files and folders open too. Tensors go through memory one at a time.
+`model.safetensors`, or the index of its shards. VGGT's own files and folders open too, as do weights without a config.
+Tensors go through memory one at a time. docs/checkpoints.md says what is accepted.
 """
 
 import dataclasses
-import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe3d_deploy.checkpoint_config import read_config
+from moe3d_deploy.checkpoint_files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    SHOWN,
+    WEIGHTS_FILE,
+    Place,
+    find_weights,
+    refuse_impostor,
+)
+from moe3d_deploy.checkpoint_keys import check_shapes, common_prefix
+from moe3d_deploy.checkpoint_pickle import PickleFile
+from moe3d_deploy.checkpoint_shards import ShardedFile
+from moe3d_deploy.checkpoint_sizes import infer_config
 from moe3d_deploy.config import PRESETS, ModelConfig
-from moe3d_deploy.errors import BundleError, CheckpointError, InputError
+from moe3d_deploy.errors import CheckpointError, InputError, Moe3dWarning
 from moe3d_deploy.expert_init import convert_to_moe
-from moe3d_deploy.files import atomic_path, sync
-from moe3d_deploy.manifest import Checkpoint
+from moe3d_deploy.files import atomic_path, exclusive_lock, sync
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.safetensors_io import SafetensorsFile, write_safetensors
 from moe3d_deploy.weight_sources import (
     SEEDED_LICENCE,
     VGGT_LICENCE,
-    PickleSource,
-    SafetensorsSource,
     SeededSource,
+    StoredSource,
+    TensorFile,
     WeightSource,
+    model_part,
     model_shapes,
-    read_pickle,
     seeded_source,
 )
 
 __all__ = [
+    "CONFIG_FILE",
     "SEEDED_LICENCE",
     "VGGT_LICENCE",
+    "WEIGHTS_FILE",
     "SeededSource",
     "WeightSource",
+    "check_shapes",
     "convert_to_moe",
     "load_model",
     "model_shapes",
@@ -48,15 +65,9 @@ __all__ = [
     "seeded_source",
 ]
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-_PICKLES = (".pt", ".pth", ".ckpt")
-_PROBLEMS_SHOWN = 3
 _POINT_HEAD = "point_head."
-_NO_FILE_NAME = re.compile(r"[^A-Za-z0-9_.+-]+")  # as in a bundle's file names, which the source's name becomes part of
-_NO_ORIGIN = re.compile(r"[^\w .+-]+")
-_FIRST_OF_EXPERT = re.compile(r"depth_head\.experts\.\d+\.0\.weight")
+_LOCK_FILE = ".checkpoint.lock"
+_PARTIAL = re.compile(r"\.(config\.partial-[0-9a-f]{8}\.json|model\.partial-[0-9a-f]{8}\.safetensors)")
 
 
 def open_checkpoint(
@@ -69,10 +80,11 @@ def open_checkpoint(
     """Find the weights that `source` names and check their keys and shapes; no tensor is read yet.
 
     source        a preset ("moe3d-1b", "preset:moe3d-1b": seeded weights), a checkpoint folder, a .safetensors file,
-                  or a .pt / .pth / .ckpt file
+                  a .safetensors.index.json, or a .pt / .pth / .ckpt / .bin file
     seed          of a preset's weights
     allow_pickle  read a .pt file, with torch's weights_only loader
-    config        for a folder or file, in place of its config.json; without either, a file is taken for VGGT-1B
+    config        for a folder or file, in place of its config.json; without either, the tensors' shapes tell the sizes
+                  and a preset the rest, which a Moe3dWarning names
 
     Raises CheckpointError for weights that cannot be used, InputError for arguments that contradict each other.
     """
@@ -82,22 +94,34 @@ def open_checkpoint(
             raise InputError(f"preset {preset!r} has its own config; leave out the config, or use seeded_source")
         return seeded_source(preset, PRESETS[preset], seed)
     path = Path(source)
-    weights = path / WEIGHTS_FILE if path.is_dir() else path
-    config_path = weights.with_name(CONFIG_FILE)
-    _require_files(path, weights, config_path, config)
+    place = find_weights(path)
     notes: dict[str, str] = {}
-    if config_path.is_file():
-        stored_config, notes = _read_config(config_path)
+    if os.path.lexists(place.config):  # a link to nowhere is no config that is left out
+        stored_config, notes = read_config(place.config)
         config = config or stored_config
-    found = _open_weights(path, weights, config or PRESETS["vggt-1b"], notes, allow_pickle)
-    check_shapes(str(path), found.shapes(), found.config)
-    return found
+    file = _open_file(place, allow_pickle)
+    prefix = common_prefix(file.shapes())
+    shapes = model_part(file.shapes(), prefix)
+    assumption = None
+    if config is None:
+        config, assumption = infer_config(str(path), shapes)
+    check_shapes(str(path), shapes, config)
+    if assumption:
+        warnings.warn(assumption, Moe3dWarning, stacklevel=2)
+    return StoredSource(
+        config=config,
+        name=place.name,
+        origin=notes.get("origin", place.origin),
+        licence=notes.get("licence", VGGT_LICENCE),
+        file=file,
+        prefix=prefix,
+    )
 
 
 def load_model(
     source: WeightSource,
     *,
-    dtype_of: Callable[[str], torch.dtype] | None = None,
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32,
     point_head: bool | None = None,
 ) -> MoE3D:
     """The model with the weights of `source`, on the CPU, for inference (eval mode, no gradients).
@@ -106,7 +130,8 @@ def load_model(
     point_head  False leaves VGGT's point head out, True insists on it; default: as the checkpoint has it
 
     Peak memory is that of the model and one tensor. Raises CheckpointError for keys or shapes that do not fit (before
-    any tensor is read), and for a value that is NaN, infinite or beyond the range of its dtype.
+    any tensor is read), and for values that are NaN, infinite or beyond the range of their dtype: then the tensors
+    after the first bad one are looked at too, so that the error can list the first few.
     """
     config, shapes = source.config, source.shapes()
     if point_head and not config.point_head:
@@ -118,9 +143,8 @@ def load_model(
     with torch.device("meta"):
         model = MoE3D(config)
     for name in shapes:
-        dtype = dtype_of(name) if dtype_of else torch.float32
         owner, _, leaf = name.rpartition(".")
-        values = nn.Parameter(_read_finite(source, name, dtype), requires_grad=False)
+        values = nn.Parameter(_read_finite(source, name, dtype_of, shapes), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, values)
     return model.eval()
 
@@ -137,77 +161,104 @@ def save_checkpoint(
 
     `progress` is told the number of values of each tensor written. The folder never holds the config of one model
     and the weights of another, even if the machine stops; an OSError (full disk) leaves what was there before.
-    Raises CheckpointError for a folder that holds a checkpoint already (unless `overwrite`), and as `load_model`.
+    Raises CheckpointError for a folder that holds a checkpoint already (unless `overwrite`), or shards (always), or
+    that another process writes to, and as `load_model`.
     """
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    for path in (config_path, weights_path):
-        if path.exists() and not overwrite:
-            raise CheckpointError(f"{path} exists already; choose another folder or ask to overwrite it")
+    shapes = source.shapes()
 
     def tensor_of(name: str) -> Tensor:
-        tensor = _read_finite(source, name, dtype)
+        tensor = _read_finite(source, name, lambda _: dtype, shapes)
         if progress:
             progress(tensor.numel())
         return tensor
 
+    with _sole_writer(folder):
+        for path in (config_path, weights_path):
+            if path.exists() and not overwrite:
+                raise CheckpointError(f"{path} exists already; choose another folder or ask to overwrite it")
+        if (folder / INDEX_FILE).exists():
+            raise CheckpointError(f"{folder} holds weights in shards, which are not overwritten; choose another folder")
+        values = source.config.to_dict() | {"licence": source.licence, "origin": source.origin}
+        with atomic_path(config_path) as config_temp:
+            config_temp.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            with atomic_path(weights_path) as weights_temp:
+                write_safetensors(weights_temp, shapes, dtype, tensor_of)
+                for path in (weights_temp, config_temp):  # a disk may say only now that it is full
+                    sync(path)
+                config_path.unlink(missing_ok=True)  # between the two renames there is none, rather than the old one
+
+
+@contextmanager
+def _sole_writer(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold its lock; clear what a killed writer left, and leave no empty folder after a failure."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name the folder to write")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    values = source.config.to_dict() | {"licence": source.licence, "origin": source.origin}
-    with atomic_path(config_path) as config_temp:
-        config_temp.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        with atomic_path(weights_path) as weights_temp:
-            write_safetensors(weights_temp, source.shapes(), dtype, tensor_of)
-            for path in (weights_temp, config_temp):  # a disk may say only now that it is full
-                sync(path)
-            config_path.unlink(missing_ok=True)  # between the two renames there is none, rather than the old one
+    try:
+        with exclusive_lock(folder / _LOCK_FILE):
+            for entry in folder.iterdir():
+                if _PARTIAL.fullmatch(entry.name):
+                    entry.unlink()
+            yield
+    except BlockingIOError:
+        raise CheckpointError(f"{folder} is being written by another process; wait until it has ended") from None
+    except BaseException:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
-def check_shapes(label: str, found: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """Raise one CheckpointError about `label` that lists the first tensors that the model of `config` cannot take."""
-    expected = model_shapes(config)
-    unknown = [name for name in found if name not in expected]
-    missing = [name for name in expected if name not in found]
-    misshapen = [name for name, shape in expected.items() if found.get(name, shape) != shape]
-    if not (unknown or missing or misshapen):
-        return
-    problems = [f"unknown {name!r}{_closest(name, missing, list(expected))}" for name in unknown[:_PROBLEMS_SHOWN]]
-    problems += [f"missing {name!r} {expected[name]}" for name in missing[:_PROBLEMS_SHOWN]]
-    problems += [f"{name!r} is {found[name]}, expected {expected[name]}" for name in misshapen[:_PROBLEMS_SHOWN]]
-    listed = "; ".join(problems[:_PROBLEMS_SHOWN])
-    others = len(unknown) + len(missing) + len(misshapen) - _PROBLEMS_SHOWN
-    more = f"; and {others} more" if others > 0 else ""
-    raise CheckpointError(f"{label}: weights do not fit the config: {listed}{more}. {_remedy(found, config)}")
+def _open_file(place: Place, allow_pickle: bool) -> TensorFile:
+    if place.kind == "index":
+        return ShardedFile(place.weights)
+    refuse_impostor(place.weights, place.kind)
+    if place.kind == "safetensors":
+        return SafetensorsFile(place.weights)
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{place.weights}: a pickle can run code when it is read; use {WEIGHTS_FILE}, or --allow-pickle if you must"
+        )
+    return PickleFile(place.weights)
 
 
-def _closest(name: str, missing: list[str], expected: list[str]) -> str:
-    for known in (missing, expected):
-        if matches := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-            return f" (closest known: {matches[0]!r})"
-    return ""
+def _read_finite(
+    source: WeightSource, name: str, dtype_of: Callable[[str], torch.dtype], names: Iterable[str]
+) -> Tensor:
+    """Tensor `name` in its dtype; raises CheckpointError if a value is NaN, infinite or would become so.
 
-
-def _remedy(found: dict[str, tuple[int, ...]], config: ModelConfig) -> str:
-    held = sum(1 for name in found if _FIRST_OF_EXPERT.fullmatch(name))
-    wanted = config.moe.num_experts if config.moe else 0
-    if held == wanted:
-        return f"Check the {CONFIG_FILE} beside the weights, or name weights of this architecture"
-    if not held:
-        return f'The weights hold no experts: set "moe" to null in {CONFIG_FILE}, then add them with moe3d convert'
-    if not wanted:
-        return f"The weights hold {held} experts, the config none: put their {CONFIG_FILE} beside them"
-    return f"The weights hold {held} experts, the config says {wanted}: set moe.num_experts in {CONFIG_FILE}"
-
-
-def _read_finite(source: WeightSource, name: str, dtype: torch.dtype) -> Tensor:
-    """Tensor `name` in `dtype`; raises CheckpointError if a value is NaN, infinite or would become so."""
+    The error also names the next of `names`, in their order, whose tensors are as bad.
+    """
     tensor = source.tensor(name)
+    fault = _fault(tensor, dtype_of(name))
+    if fault is None:
+        return tensor.to(dtype_of(name))
+    faults = {name: fault}
+    del tensor
+    later = list(names)
+    for other in later[later.index(name) + 1 :]:
+        if fault := _fault(source.tensor(other), dtype_of(other)):
+            faults[other] = fault
+        if len(faults) > SHOWN:
+            break
+    listed = "; ".join(f"tensor {key!r} {fault}" for key, fault in list(faults.items())[:SHOWN])
+    more = "; and more" if len(faults) > SHOWN else ""
+    damaged = any(fault == _NOT_FINITE for fault in faults.values())
+    remedy = "use undamaged weights" if damaged else "use float32"
+    raise CheckpointError(f"{source.name}: {listed}{more}; {remedy}")
+
+
+_NOT_FINITE = "holds NaN or infinite values"
+
+
+def _fault(tensor: Tensor, dtype: torch.dtype) -> str | None:
     low, high = (bound.item() for bound in tensor.aminmax())  # both are NaN if any value is
     if not -float("inf") < low <= high < float("inf"):
-        raise CheckpointError(f"{source.name}: tensor {name!r} holds NaN or infinite values; use undamaged weights")
-    if max(-low, high) > torch.finfo(dtype).max:
-        largest = max(-low, high)
-        raise CheckpointError(f"{source.name}: {name!r} reaches {largest:.3g}, too large for {dtype}; use float32")
-    return tensor.to(dtype)
+        return _NOT_FINITE
+    largest = max(-low, high)
+    return f"reaches {largest:.3g}, too large for {dtype}" if largest > torch.finfo(dtype).max else None
 
 
 def _preset_name(source: str | Path) -> str | None:
@@ -218,74 +269,6 @@ def _preset_name(source: str | Path) -> str | None:
         if name != source:
             raise CheckpointError(f"preset {name!r} is unknown; presets are {', '.join(PRESETS)}")
         return None
-    if name == source and (Path(source) / CONFIG_FILE).is_file():
+    if name == source and any((Path(source) / held).is_file() for held in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE)):
         raise CheckpointError(f"{source!r} is a preset and a folder here; write preset:{source} or ./{source}")
     return name
-
-
-def _require_files(path: Path, weights: Path, config_path: Path, config: ModelConfig | None) -> None:
-    if not path.exists():
-        close = difflib.get_close_matches(str(path), PRESETS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise CheckpointError(f"{path}: no such file or folder, nor a preset ({', '.join(PRESETS)}){hint}")
-    if not weights.is_file():
-        raise CheckpointError(f"{path}: holds no {WEIGHTS_FILE}; name a checkpoint folder or the weights file itself")
-    if path.is_dir() and config is None and not config_path.is_file():
-        raise CheckpointError(f"{path}: holds no {CONFIG_FILE}; for VGGT-1B weights name {weights} itself")
-
-
-def _open_weights(
-    path: Path, weights: Path, config: ModelConfig, notes: dict[str, str], allow_pickle: bool
-) -> WeightSource:
-    """`path` is what was named, `weights` the file that holds the tensors."""
-    place = Path(os.path.abspath(path))  # links stay: the Hugging Face cache links to files named by digest
-    name = place.name if path.is_dir() else place.stem
-    if name == "model":
-        name = place.parent.name or name
-    name = _NO_FILE_NAME.sub("-", name).lstrip("-.+") or "model"
-    origin = notes.get("origin", _NO_ORIGIN.sub("-", place.name) or name)
-    licence = notes.get("licence", VGGT_LICENCE)
-    if weights.suffix == ".safetensors":
-        return SafetensorsSource(config, name, origin, licence, SafetensorsFile(weights))
-    if weights.suffix not in _PICKLES:
-        raise CheckpointError(f"{path}: unknown kind of file; use .safetensors, a checkpoint folder or a preset")
-    if not allow_pickle:
-        raise CheckpointError(
-            f"{path}: a pickle can run code when it is read; use {WEIGHTS_FILE}, or --allow-pickle if you must"
-        )
-    return PickleSource(config, name, origin, licence, weights, read_pickle(weights))
-
-
-def _read_config(path: Path) -> tuple[ModelConfig, dict[str, str]]:
-    """The model config and the notes (`licence`, `origin`) of a config.json."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); copy or download it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected an object, got {type(values).__name__}")
-    notes = {key: values.pop(key) for key in ("licence", "origin") if key in values}
-    for key, note in notes.items():
-        if not isinstance(note, str) or not note.isprintable() or not note.strip():
-            raise CheckpointError(f"{path}: {key!r} must be one line of text, got {note!r}")
-    try:
-        Checkpoint(notes.get("origin", "not said"), None, notes.get("licence", VGGT_LICENCE))
-    except BundleError as error:  # a bundle could not hold it
-        raise CheckpointError(f"{path}: {error}, got {notes['origin']!r}; correct it") from error
-    try:
-        return ModelConfig.from_dict(_without_hub_arguments(values)), notes
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _without_hub_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """VGGT's own config.json holds its constructor's arguments: a width, and which heads there are."""
-    rest = dict(values)
-    for key, supported in (("embed_dim", 1024), ("enable_camera", True), ("enable_depth", True)):
-        value = rest.pop(key, supported)
-        if value != supported:
-            raise InputError(f"model config: {key} must be {supported}, got {value!r}; use VGGT-1B weights")
-    rest.pop("enable_track", None)
-    if "enable_point" in rest:
-        rest["point_head"] = rest.pop("enable_point")
-    return rest

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe3d_deploy.checkpoint_sizes import check_modest
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import CheckpointError, InputError
 from moe3d_deploy.seeded import seed_salt
@@ -37,6 +38,8 @@ def convert_to_moe(
     """
     if not (math.isfinite(noise) and noise >= 0):
         raise InputError(f"expert noise must be a number >= 0, got {noise}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"gate temperature must be a number > 0, got {temperature}")
     seed_salt(seed)
     if source.config.moe is not None:
         held = source.config.moe
@@ -52,8 +55,10 @@ def convert_to_moe(
         return source
     hidden = source.shapes()[_VGGT_LAST_STAGE + "0.weight"][0]
     moe = MoeConfig(num_experts, hidden_channels=hidden, temperature=temperature)
+    config = dataclasses.replace(source.config, moe=moe)
+    check_modest(config)
     return _ExpertSource(
-        config=dataclasses.replace(source.config, moe=moe),
+        config=config,
         name=f"{source.name}-moe{num_experts}",
         origin=f"{source.origin}, {num_experts} experts added (noise {noise:g}, seed {seed})",
         licence=source.licence,

@@ -17,10 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe3d_deploy import strict_json
 from moe3d_deploy.errors import CheckpointError
+from moe3d_deploy.files import sha256_file
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000  # bytes; the library's own limit
+
+WEIGHT_DTYPES = tuple(_DTYPE_NAMES)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 self._stamp = _stamp(file.fileno())
                 length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+                header = strict_json.parse(file.read(length), max_bytes=_LARGEST_HEADER)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
         except (SafetensorError, ValueError) as error:
@@ -54,6 +59,12 @@ class SafetensorsFile:
             ) from error
         header.pop("__metadata__", None)
         self.tensors = {name: self._stored(name, entry, 8 + length) for name, entry in header.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def sha256(self) -> str:
+        return sha256_file(self.path)
 
     def read(self, name: str) -> Tensor:
         """Tensor `name` in its stored dtype, in memory of its own."""

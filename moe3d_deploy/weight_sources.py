@@ -1,24 +1,20 @@
-"""Where weights come from: a seed, a safetensors file or a pickle.
+"""Where weights come from: a seed, or a file of any kind.
 
 Every source hands out one tensor at a time; none checks its tensors against a model (`checkpoint` does).
 """
 
 import functools
 import hashlib
-import pickle
-import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe3d_deploy.config import PRESETS, ModelConfig
-from moe3d_deploy.errors import CheckpointError, Moe3dWarning
-from moe3d_deploy.files import sha256_file
 from moe3d_deploy.model import MoE3D
-from moe3d_deploy.safetensors_io import SafetensorsFile
 from moe3d_deploy.seeded import GENERATOR_VERSION, seed_salt, seeded_tensor
 
 VGGT_LICENCE = (
@@ -27,7 +23,6 @@ VGGT_LICENCE = (
 SEEDED_LICENCE = "seeded random weights, no licence"
 
 TRACK_HEAD = "track_head."  # VGGT's point tracker: 394 tensors that no model here has
-_SAFE_TORCH = (2, 10)  # earlier releases had ways around weights_only
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +49,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def sha256(self) -> str:
-        """64 hex digits: of the file, or of a text that determines every bit of generated weights."""
+        """64 hex digits: of the file, of its shards, or of a text that determines every bit of generated weights."""
 
 
 # Seeded cameras stay near the identity with a field of view near 1 rad. The generator alone, on which the golden files
@@ -103,69 +98,37 @@ def _is_preset(name: str, config: ModelConfig) -> bool:
     return PRESETS.get(name) == config
 
 
-@dataclass(frozen=True, eq=False)
-class SafetensorsSource(WeightSource):
-    file: SafetensorsFile
+class TensorFile(Protocol):
+    """Tensors by the names that a file gives them; `read` hands out one on the CPU, in memory of its own."""
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        stored = self.file.tensors.items()
-        return {name: entry.shape for name, entry in stored if not name.startswith(TRACK_HEAD)}
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
-    def tensor(self, name: str) -> Tensor:
-        return self.file.read(name)
+    def read(self, name: str) -> Tensor: ...
 
-    def sha256(self) -> str:
-        return sha256_file(self.file.path)
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
-class PickleSource(WeightSource):
-    path: Path
-    tensors: dict[str, Tensor]
+class StoredSource(WeightSource):
+    """Weights in a file. `prefix` is what the file's names have in front of the state-dict keys."""
+
+    file: TensorFile
+    prefix: str = ""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        stored = self.tensors.items()
-        return {name: tuple(tensor.shape) for name, tensor in stored if not name.startswith(TRACK_HEAD)}
+        return model_part(self.file.shapes(), self.prefix)
 
     def tensor(self, name: str) -> Tensor:
-        return self.tensors[name].detach().clone(memory_format=torch.contiguous_format)
+        return self.file.read(self.prefix + name)
 
     def sha256(self) -> str:
-        return sha256_file(self.path)
+        return self.file.sha256()
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict of a .pt file, mapped into memory; never runs code of the file (weights_only).
-
-    Accepts the dict itself or one under "model" or "state_dict". Warns (Moe3dWarning) that pickles are second choice.
-    Raises CheckpointError for anything else.
-    """
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _SAFE_TORCH:
-        raise CheckpointError(f"{path}: reading a pickle needs torch 2.10 or newer, this is {torch.__version__}")
-    warnings.warn(f"{path} is a pickle; prefer model.safetensors where there is one", Moe3dWarning, stacklevel=3)
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: damaged, or holds more than tensors, which could run code; it was not loaded, use safetensors"
-        ) from error
-    except Exception as error:  # a damaged pickle can make the loader raise anything
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(
-            f"{path}: not a readable .pt file ({reason}); save it again or use safetensors"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(values, dict) and isinstance(values.get(key), dict):
-            values = values[key]
-    if not isinstance(values, dict) or not all(
-        isinstance(key, str)
-        and isinstance(value, Tensor)
-        and value.is_floating_point()
-        and value.layout is torch.strided
-        for key, value in values.items()
-    ):
-        raise CheckpointError(f'{path}: holds no state dict of float tensors, nor one under "model" or "state_dict"')
-    return values
+def model_part(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    """The entries of a file that are the model's, by state-dict key: without the prefix and VGGT's track head."""
+    keys = ((name.removeprefix(prefix), shape) for name, shape in shapes.items())
+    return {key: shape for key, shape in keys if not key.startswith(TRACK_HEAD)}
 
 
 def sha256_text(text: str) -> str:

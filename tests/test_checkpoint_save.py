@@ -20,6 +20,7 @@ from moe3d_deploy.checkpoint import (
 )
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import CheckpointError
+from moe3d_deploy.files import exclusive_lock
 
 NORM = "camera_head.token_norm.weight"
 
@@ -135,8 +136,50 @@ def test_a_save_stopped_between_its_two_files_leaves_no_config_of_other_weights(
     with pytest.raises(OSError, match="Input/output error"):
         save_checkpoint(small, folder, overwrite=True)
 
-    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors"]
+    with pytest.raises(CheckpointError, match=r"no config\.json, and no preset has its sizes"):
         open_checkpoint(folder)
+
+
+def test_one_process_writes_at_a_time(small: WeightSource, folder: Path) -> None:
+    with (
+        exclusive_lock(folder / ".checkpoint.lock"),
+        pytest.raises(CheckpointError, match=r"small is being written by another process; wait until it has ended"),
+    ):
+        save_checkpoint(small, folder, overwrite=True)
+
+
+def test_what_a_killed_writer_left_is_cleared_and_nothing_else(small: WeightSource, folder: Path) -> None:
+    kept = [".model.partial-0123abcd.onnx", ".notes.partial-0123abcd.json", "model.partial-0123abcd.safetensors"]
+    left = [".model.partial-0123abcd.safetensors", ".config.partial-89abcdef.json", ".checkpoint.lock"]
+    for name in kept + left:
+        (folder / name).touch()
+
+    save_checkpoint(small, folder, overwrite=True)
+
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "config.json", "model.safetensors"])
+
+
+def test_a_failed_save_leaves_no_new_folder_behind(small: WeightSource, tmp_path: Path) -> None:
+    def full_disk(count: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(small, tmp_path / "new", progress=full_disk)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_or_a_folder_of_shards_is_not_written_into(small: WeightSource, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is a file; name the folder to write"):
+        save_checkpoint(small, tmp_path / "file")
+
+    (tmp_path / "model.safetensors.index.json").touch()
+    with pytest.raises(
+        CheckpointError, match="holds weights in shards, which are not overwritten; choose another folder"
+    ):
+        save_checkpoint(small, tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model.safetensors.index.json"]
 
 
 def test_progress_adds_up_to_the_number_of_values(small: WeightSource, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import tensors, write_folder, write_shards
 
 from moe3d_deploy.checkpoint import open_checkpoint, save_checkpoint, seeded_source
 from moe3d_deploy.cli.main import main
@@ -63,6 +64,10 @@ def test_a_preset_is_written_with_its_experts(tmp_path: Path, capsys: pytest.Cap
         (["--experts", "0"], "'--experts': 0 is not in the range x>=1"),
         (["--noise", "-1"], "'--noise'"),
         (["--temperature", "0"], "'--temperature'"),
+        (["--temperature", "inf"], "moe3d: gate temperature must be a number > 0, got inf"),
+        (["--temperature", "nan"], "got nan"),
+        (["--noise", "nan"], "got nan"),
+        (["--experts", "1001"], "moe.num_experts is 1001, beyond any model (at most 1000)"),
         (["--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
     ],
 )
@@ -100,6 +105,39 @@ def test_pickles_need_a_flag(vggt: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert ".py" not in rest
     assert "warn" not in rest
     assert open_checkpoint(tmp_path / "out").config.moe is not None
+
+
+def test_shards_without_a_config_become_one_file_with_one(
+    vggt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(tmp_path / "in", tensors(open_checkpoint(vggt)))
+
+    assert main(["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--keep-vggt"]) == 0
+
+    written, original = open_checkpoint(tmp_path / "out"), open_checkpoint(vggt)
+    assert written.config == original.config
+    assert all(torch.equal(written.tensor(name), original.tensor(name)) for name in original.shapes())
+    streams = capsys.readouterr()
+    assert streams.err.startswith(
+        f"warning: {tmp_path / 'in'}: no config.json; its tensors have the sizes of moe3d-tiny"
+    )
+    assert "licence      VGGT weights: Meta's VGGT licence" in streams.out
+
+
+def test_unusable_weights_end_with_code_2_one_line_and_no_folder(
+    vggt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tensors(open_checkpoint(vggt))
+    weights["camera_head.token_norm.weight"][0] = float("nan")
+    write_folder(tmp_path / "in", weights, open_checkpoint(vggt).config)
+
+    assert main(["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 2
+
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(
+        "moe3d: in-moe4: tensor 'camera_head.token_norm.weight' holds NaN or infinite values; use undamaged weights"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_projects_own_warnings_become_lines(capsys: pytest.CaptureFixture[str]) -> None:

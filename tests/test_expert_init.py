@@ -122,6 +122,17 @@ def test_a_noise_that_makes_no_sense_is_refused(vggt: WeightSource, noise: float
         convert_to_moe(vggt, noise=noise)
 
 
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_makes_no_sense_is_refused(vggt: WeightSource, temperature: float) -> None:
+    with pytest.raises(InputError, match="gate temperature must be a number > 0, got"):
+        convert_to_moe(vggt, temperature=temperature)
+
+
+def test_a_million_experts_are_refused_before_they_are_built(vggt: WeightSource) -> None:
+    with pytest.raises(InputError, match=r"moe\.num_experts is 1e\+06, beyond any model \(at most 1000\)"):
+        convert_to_moe(vggt, num_experts=10**6)
+
+
 def test_no_expert_at_all_is_refused(vggt: WeightSource) -> None:
     with pytest.raises(InputError, match="num_experts must be positive, got 0"):
         convert_to_moe(vggt, num_experts=0)

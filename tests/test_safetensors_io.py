@@ -103,6 +103,23 @@ def test_a_damaged_file_is_refused(path: Path, damage: Callable[[bytes], bytes])
         SafetensorsFile(path)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a":%s,"a":%s}', "has the key 'a' twice"),
+        ('{"__metadata__":{"x":"1","x":"2"},"a":%s}', "has the key 'x' twice"),
+    ],
+)
+def test_a_header_with_a_key_twice_is_refused(tmp_path: Path, header: str, message: str) -> None:
+    """The safetensors library takes the last one."""
+    path = tmp_path / "model.safetensors"
+    text = header.replace("%s", '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}').encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"0000")
+
+    with pytest.raises(CheckpointError, match=rf"damaged safetensors file \({message}\); copy or download it again"):
+        SafetensorsFile(path)
+
+
 def test_integer_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "ids.safetensors"
     save_file({"ids": torch.arange(3)}, path)

@@ -69,8 +69,9 @@ def convert_command(
 ) -> None:
     """Convert a checkpoint to a folder of config.json and model.safetensors.
 
-    SOURCE is VGGT's model.safetensors or model.pt, a checkpoint folder, or a preset (vggt-1b, moe3d-1b, moe3d-tiny),
-    which means seeded random weights. VGGT's depth head becomes a mixture of experts: near copies of it, to be trained.
+    SOURCE is VGGT's model.safetensors or model.pt, a checkpoint folder (with one file of weights or an index of
+    shards), or a preset (vggt-1b, moe3d-1b, moe3d-tiny), which means seeded random weights. VGGT's depth head becomes a
+    mixture of experts: near copies of it, to be trained.
 
     \b
     moe3d convert moe3d-tiny -o tiny
