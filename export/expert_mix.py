@@ -89,29 +89,39 @@ def expert_mix_function(shape: ExpertMixShape, opset: int) -> onnx.FunctionProto
     op("Constant", [], "temperature")
     body[-1].attribute.append(temperature)
 
-    op("Cast", ["hidden"], "hidden32", to=TensorProto.FLOAT)
     constant("widths", [k * expert_width, gate_width])
-    op("Split", ["hidden32", "widths"], ["of_experts", "of_gate"], axis=1)
+    op("Split", ["hidden", "widths"], ["of_experts", "of_gate"], axis=1)
     constant("last_axis", [-1])
     constant("one", [1.0], TensorProto.FLOAT)
 
-    # Experts: (K, 2, Ce) @ (N, K, Ce, HW) + (K, 2, 1)
+    def dot(values: str, weights: str, result: str) -> None:
+        """Sum over axis 2 of values (N, K or 1, width, HW) times weights (K, width): (N, K, HW), in float32.
+
+        Not a MatMul: TensorRT-RTX would write a float32 copy of the hidden map for it, and a second one where shapes
+        are dynamic. Products and sums become one kernel that reads the hidden map as it is.
+        """
+        op("Unsqueeze", [weights, "last_axis"], f"{result}_weights")
+        op("Mul", [values, f"{result}_weights"], f"{result}_terms")
+        op("ReduceSum", [f"{result}_terms", "width_axis"], result, keepdims=0)
+
+    constant("width_axis", [2])
+    constant("output_axis", [1])
+    constant("one_each", [1, 1])
     constant("experts_shape", [0, k, expert_width, -1])
     op("Reshape", ["of_experts", "experts_shape"], "experts_flat")
-    op("MatMul", ["expert_weight", "experts_flat"], "products")
-    op("Unsqueeze", ["expert_bias", "last_axis"], "expert_bias_column")
-    op("Add", ["products", "expert_bias_column"], "raw")
-    op("Exp", ["raw"], "activated")
-    constant("one_each", [1, 1])
-    op("Split", ["activated", "one_each"], ["depths_2d", "confidences_2d"], axis=2)
-    constant("pair_axis", [2])
-    op("Squeeze", ["depths_2d", "pair_axis"], "depths")
-    op("Squeeze", ["confidences_2d", "pair_axis"], "confidences")
+    op("Cast", ["experts_flat"], "experts_flat32", to=TensorProto.FLOAT)
+    op("Split", ["expert_weight", "one_each"], ["weight_depths", "weight_confidences"], axis=1)
+    op("Split", ["expert_bias", "one_each"], ["bias_depths", "bias_confidences"], axis=1)
+    for values in ("depths", "confidences"):
+        op("Squeeze", [f"weight_{values}", "output_axis"], f"row_{values}")
+        dot("experts_flat32", f"row_{values}", f"products_{values}")
+        op("Add", [f"products_{values}", f"bias_{values}"], f"raw_{values}")
+        op("Exp", [f"raw_{values}"], values)
 
-    # Gate: (K, Cg) @ (N, Cg, HW) + (K, 1), softmax over K
-    constant("gate_shape", [0, gate_width, -1])
+    constant("gate_shape", [0, 1, gate_width, -1])
     op("Reshape", ["of_gate", "gate_shape"], "gate_flat")
-    op("MatMul", ["gate_weight", "gate_flat"], "gate_products")
+    op("Cast", ["gate_flat"], "gate_flat32", to=TensorProto.FLOAT)
+    dot("gate_flat32", "gate_weight", "gate_products")
     op("Unsqueeze", ["gate_bias", "last_axis"], "gate_bias_column")
     op("Add", ["gate_products", "gate_bias_column"], "logits")
     op("Div", ["logits", "temperature"], "scaled_logits")

@@ -109,16 +109,16 @@ class DptHead(nn.Module):
 
         def with_position(x: Tensor) -> Tensor:
             _, channels, height, width = x.shape
-            return x + 0.1 * uv_embedding(height, width, channels, aspect).to(x.dtype)
+            # In place: at full resolution a sum of its own would be the model's largest tensor a second time.
+            return x.add_(uv_embedding(height, width, channels, aspect).mul_(0.1).to(x.dtype))
 
         levels = []
         for i, tokens in enumerate(levels_NPD):
             x = self.norm(tokens).transpose(1, 2).unflatten(2, grid)
             x = self.resize_layers[i](with_position(self.projects[i](x)))
             levels.append(getattr(self.scratch, f"layer{i + 1}_rn")(x))
-        fused = self._fuse(levels)
         full = (grid.h * self.patch_size, grid.w * self.patch_size)
-        return with_position(resize(self.scratch.output_conv1(fused), full))
+        return with_position(resize(self.scratch.output_conv1(self._fuse(levels)), full))
 
     def _fuse(self, levels: list[Tensor]) -> Tensor:
         """Coarse to fine; each step is as large as the next level, the last one twice its own size."""

@@ -70,9 +70,9 @@ def uv_embedding(height: int, width: int, channels: int, aspect: Tensor) -> Tens
     frequency = 100.0**-exponent
     u = _centred(width, aspect) * (aspect / diagonal)
     v = _centred(height, aspect) * (1.0 / diagonal)
-    u = (frequency[:, None] * u[None, :])[:, None, :].expand(quarter, height, width)
-    v = (frequency[:, None] * v[None, :])[:, :, None].expand(quarter, height, width)
-    return torch.cat([u.sin(), u.cos(), v.sin(), v.cos()])
+    u = (frequency[:, None] * u[None, :])[:, None, :]
+    v = (frequency[:, None] * v[None, :])[:, :, None]
+    return torch.cat([angles.expand(quarter, height, width) for angles in (u.sin(), u.cos(), v.sin(), v.cos())])
 
 
 def _centred(size: int, like: Tensor) -> Tensor:
