@@ -7,7 +7,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moe3d-setup
 
-.PHONY: help setup lint test test-full test-golden-full demo clean
+.PHONY: help setup lint test test-full test-golden-full coverage mutants demo clean
 
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
@@ -15,6 +15,10 @@ help:
 	@echo "make test              all tests but those on the full-size model: minutes"
 	@echo "make test-full         the tests on the full-size model: minutes, several GB of memory"
 	@echo "make test-golden-full  of those, the comparison with the golden files"
+	@echo "make coverage          what the tests run of the code, into benchmarks/results and docs/testing.md"
+	@echo "make mutants           whether the tests notice small changes of the code, likewise: most of an hour"
+	@echo "make reliability       the survival matrix, kill and fuzz campaigns, docs/reliability.md: about an hour"
+	@echo "make fuzz              of those, the fuzz campaign"
 	@echo "make demo              preset to depth maps, in demo/"
 	@echo "make clean             remove what builds, tests and the demo left; $(VENV) stays"
 
@@ -25,7 +29,7 @@ setup: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --constraint constraints.txt torch
-	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,viz,dev]'
 	@touch $@
 
 lint: setup
@@ -41,6 +45,25 @@ test-full: setup
 
 test-golden-full: setup
 	$(PY) -m pytest -q -m full -k golden $(ARGS)
+
+coverage: setup
+	$(PY) -m moe3d_deploy.benchmarks.coverage_report --out benchmarks/results/coverage.json $(ARGS)
+	$(PY) -m moe3d_deploy.benchmarks.tables
+
+mutants: setup
+	$(PY) -m moe3d_deploy.benchmarks.mutants --out benchmarks/results/mutation.json $(ARGS)
+	$(PY) -m moe3d_deploy.benchmarks.tables
+
+# A fuzzer is needed by nothing else, so no extra brings it.
+reliability: setup
+	$(PY) -m pip install --quiet --constraint constraints.txt atheris
+	$(PY) -m moe3d_deploy.benchmarks.reliability --out benchmarks/results/reliability_cpu.json $(ARGS)
+	$(PY) -m moe3d_deploy.benchmarks.tables
+
+fuzz: setup
+	$(PY) -m pip install --quiet --constraint constraints.txt atheris
+	$(PY) -m moe3d_deploy.benchmarks.reliability --out benchmarks/results/reliability_cpu.json --only fuzz $(ARGS)
+	$(PY) -m moe3d_deploy.benchmarks.tables
 
 demo: setup
 	$(PY) -m moe3d_deploy.benchmarks.demo --out demo

@@ -13,6 +13,7 @@ EXTRA_OF = {
     "onnxruntime": "cpu",
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
+    "rerun": "viz",
 }
 
 

@@ -1,9 +1,8 @@
 """Image loading: VGGT's bytes, the way back to original pixels, and files that cannot be used."""
 
 import hashlib
-import io
 import json
-import warnings
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.images import find_images, load_images
+from moe3d_deploy.images import load_images
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "golden_preprocess.npz")
 MODES = ["crop", "pad", "square"]
@@ -158,66 +157,8 @@ def test_mapping_becomes_json(tmp_path):
     }
 
 
-def test_exif_orientation_is_applied_unless_ignored(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held a quarter turn: display by turning clockwise
-    pixels = np.zeros((28, 56, 3), np.uint8)
-    pixels[:, :28] = 255  # left half white; upright it is the upper half
-    path = save(tmp_path / "a.png", pixels, exif=exif)
-    upright = load_images([path], mode="pad", size=56)
-    assert (upright.views[0].original_width, upright.views[0].original_height) == (28, 56)
-    assert upright.images[0, 0, 5, 28] == 1
-    assert upright.images[0, 0, 50, 28] == 0
-    stored = load_images([path], size=56, exif="ignore")
-    assert (stored.views[0].original_width, stored.views[0].original_height) == (56, 28)
-    assert stored.images.shape == (1, 3, 28, 56)
-    assert stored.images[0, 0, 14, 5] == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA"])
-def test_other_colour_modes_become_rgb(tmp_path, mode):
-    suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
-    path = tmp_path / f"a.{suffix}"
-    Image.new("RGB", (28, 28), (255, 255, 255)).convert(mode).save(path)
-    images = load_images([path], size=28).images
-    assert images.shape == (1, 3, 28, 28)
-    assert images.min() > 0.98  # white stays white, but for JPEG's loss
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_become_white(tmp_path, mode):
-    path = tmp_path / "a.png"
-    transparent = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
-    if mode == "P":
-        palette = Image.new("P", (28, 28), 0)
-        palette.putpalette([0, 0, 0])
-        palette.save(path, transparency=b"\0")
-    else:
-        transparent.convert(mode).save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_images([path], size=28).images.min() == 1
-
-
-def test_sixteen_bit_grey_keeps_its_high_byte(tmp_path):
-    path = tmp_path / "a.png"
-    Image.fromarray(np.full((28, 28), 0x80FF, np.uint16)).save(path)
-    np.testing.assert_allclose(load_images([path], size=28).images, 0x80 / 255)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "value", "message"),
-    [(np.float32, 0.5, "floating-point pixels; save it with 8 bits"), (np.int32, 70000, "more than 16 bits")],
-)
-def test_pixels_without_a_known_range_are_refused(tmp_path, dtype, value, message):
-    path = tmp_path / "a.tif"
-    Image.fromarray(np.full((28, 28), value, dtype)).save(path)
-    with pytest.raises(InputError, match=message):
-        load_images([path])
-
-
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r'image ".*nothing\.png" is not a file; check the path'):
+    with pytest.raises(InputError, match=r'image ".*nothing\.png" is neither a file nor a folder; check the path'):
         load_images([tmp_path / "nothing.png"])
 
 
@@ -237,41 +178,6 @@ def test_postscript_never_reaches_pillow(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(InputError, match="unknown format"):
         load_images([tmp_path / "a.png"])
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_file_cut_off_anywhere_is_named(tmp_path, suffix):
-    path = save(tmp_path / f"whole.{suffix}", ramp(40, 28))
-    whole = path.read_bytes()
-    cut = tmp_path / f"cut.{suffix}"
-    for length in range(1, len(whole) - 20, 11):  # the last bytes are an end mark that Pillow can do without
-        cut.write_bytes(whole[:length])
-        with pytest.raises(InputError, match=rf'image ".*cut\.{suffix}" cannot be decoded \(.*\); save it'):
-            load_images([cut], size=28)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"]),
-    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), min_size=1, max_size=8),
-)
-def test_damaged_bytes_raise_nothing_but_input_errors(tmp_path_factory, kind, changes):
-    buffer = io.BytesIO()
-    Image.fromarray(ramp(20, 16).astype(np.uint8)).save(buffer, kind)
-    data = bytearray(buffer.getvalue())
-    for position, value in changes:
-        data[position % len(data)] = value
-    path = tmp_path_factory.getbasetemp() / "damaged.bin"
-    path.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        message = f'"{path}"'
-        try:
-            load_images([path], size=28)
-        except InputError as error:
-            message = str(error)
-    assert f'"{path}"' in message
-    assert "\n" not in message
 
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
@@ -321,66 +227,34 @@ def test_coordinates_of_wrong_shape_are_refused(golden_paths):
         view.intrinsics_to_original(np.zeros((3, 4)))
 
 
-@pytest.mark.parametrize("function", [find_images, load_images])
-def test_nothing_given_is_refused(function):
-    with pytest.raises(InputError, match="no images given"):
-        function([])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 7), (1, 7)])
+def test_picture_too_small_to_show_anything_is_refused(tmp_path, width, height):
+    path = save(tmp_path / "dot.png", ramp(width, height))
+    with pytest.raises(InputError, match=rf'dot\.png" is {width}x{height}, too small .*; use one of 8 pixels or more'):
+        load_images([path])
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for name in ("frame_10.png", "frame_2.PNG", "Frame_1.jpg", "notes.txt", ".hidden.png"):
-        (tmp_path / "scan" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "scan" / name).touch()
-    (tmp_path / "scan" / "deeper.png").mkdir()
-    (tmp_path / "scan" / "deeper.png" / "a.png").touch()
-    return tmp_path / "scan"
+def test_exif_is_applied_unless_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held a quarter turn: display by turning clockwise
+    pixels = np.zeros((28, 56, 3), np.uint8)
+    pixels[:, :28] = 255  # left half white; upright it is the upper half
+    path = save(tmp_path / "a.png", pixels, exif=exif)
+    upright = load_images([path], mode="pad", size=56)
+    assert (upright.views[0].original_width, upright.views[0].original_height) == (28, 56)
+    assert upright.images[0, 0, 5, 28] == 1
+    assert upright.images[0, 0, 50, 28] == 0
+    stored = load_images([path], size=56, exif="ignore")
+    assert (stored.views[0].original_width, stored.views[0].original_height) == (56, 28)
+    assert stored.images.shape == (1, 3, 28, 56)
+    assert stored.images[0, 0, 14, 5] == 1
 
 
-def names(paths):
-    return [path.name for path in paths]
-
-
-def test_folder_gives_its_images_in_natural_order(folder):
-    assert names(find_images([folder])) == ["Frame_1.jpg", "frame_2.PNG", "frame_10.png"]
-
-
-def test_pattern_gives_its_images_in_natural_order(folder):
-    assert names(find_images([f"{folder}/*_[12]*"])) == ["Frame_1.jpg", "frame_2.PNG", "frame_10.png"]
-    assert names(find_images([f"{folder}/**/*.png"])) == ["a.png", "frame_10.png"]  # ** is any depth, none included
-
-
-def test_arguments_keep_their_order(folder):
-    files = [folder / "frame_10.png", folder / "notes.txt", folder / "deeper.png", folder / "frame_10.png"]
-    assert names(find_images(files)) == ["frame_10.png", "notes.txt", "a.png", "frame_10.png"]
-
-
-def test_file_whose_name_looks_like_a_pattern_is_itself(tmp_path):
-    (tmp_path / "a[1].png").touch()
-    assert names(find_images([tmp_path / "a[1].png"])) == ["a[1].png"]
-
-
-def test_single_path_is_not_split_into_characters(folder, golden_paths):
-    assert len(find_images(str(folder))) == 3
+def test_single_path_is_not_split_into_characters(golden_paths):
     assert len(load_images(str(golden_paths[0])).views) == 1
+    assert len(load_images(os.fsencode(golden_paths[0])).views) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gone.png", r'gone\.png" is neither a file nor a folder; check the path'),
-        ("gone_*.png", r'pattern ".*gone_\*\.png" matches no image file'),
-        ("*.txt", "matches no image file"),
-        ("empty", r'folder ".*empty" holds no image'),
-        ("x" * 300, "is neither a file nor a folder"),  # longer than a file name can be
-    ],
-)
-def test_input_without_images_is_named(folder, name, message):
-    (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=message):
-        find_images([folder / "frame_2.PNG", folder / name])
-
-
-def test_empty_name_is_not_the_current_folder():
-    with pytest.raises(InputError, match='"" is neither a file nor a folder'):
-        find_images([""])
+def test_no_paths_are_refused():
+    with pytest.raises(InputError, match="no images given; pass at least one image file"):
+        load_images([])

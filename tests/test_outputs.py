@@ -1,74 +1,25 @@
 """The files of a scene, read back with other means than those that wrote them."""
 
-import dataclasses
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import trimesh
-from PIL import Image
+from scenes import EXPERTS, Arrays, random_result, read_cameras, read_png, read_points, two_photographs
 
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.images import ImageBatch, load_images
+from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.colormaps import palette
-from moe3d_deploy.runtime.outputs import write_scene
-
-EXPERTS = 4
-Arrays = dict[str, np.ndarray]
+from moe3d_deploy.runtime.outputs import OutputOptions, write_scene
 
 
 @pytest.fixture
 def batch(tmp_path: Path) -> ImageBatch:
-    """Two photographs of one stem: 112x84 with a red square, and 112x56, padded with 7 rows above and below.
-
-    Network size 56x42: one network pixel is two pixels of the photographs.
-    """
-    files = []
-    for folder, name, height in (("a", "left.png", 84), ("b", "left.jpg", 56)):
-        pixels = np.full((height, 112, 3), (40, 90, 200), np.uint8)
-        if folder == "a":
-            pixels[20:40, 60:80] = (255, 0, 0)
-        files.append(tmp_path / folder / name)
-        files[-1].parent.mkdir()
-        Image.fromarray(pixels).save(files[-1])
-    return load_images(files, size=56)
+    return two_photographs(tmp_path)
 
 
 @pytest.fixture
 def result(batch: ImageBatch) -> Arrays:
-    views, _, height, width = batch.images.shape
-    rng = np.random.default_rng(0)
-    weights = rng.dirichlet(np.full(EXPERTS, 0.3), (views, height, width)).transpose(0, 3, 1, 2).astype(np.float32)
-    return {
-        "depth": rng.uniform(0.5, 4, (views, height, width)).astype(np.float32),
-        "depth_conf": (1 + rng.gamma(2, 2, (views, height, width))).astype(np.float32),
-        "extrinsics": np.tile(np.eye(4, dtype=np.float32)[:3], (views, 1, 1)),
-        "intrinsics": np.tile(np.array([[50, 0, 28], [0, 50, 21], [0, 0, 1]], np.float32), (views, 1, 1)),
-        "expert_weights": weights,
-        "expert_entropy": -(weights * np.log(weights + 1e-12)).sum(axis=1),
-        "pose_enc": rng.normal(size=(views, 9)).astype(np.float32),
-    }
-
-
-def read_cameras(folder: Path) -> dict[str, Any]:
-    def refuse(token: str) -> None:
-        raise ValueError(f"{token} is not JSON")
-
-    return json.loads((folder / "cameras.json").read_text(), parse_constant=refuse)
-
-
-def read_points(path: Path) -> Any:
-    """The one geometry of a PLY or GLB file, before its node's rotation."""
-    (points,) = trimesh.load_scene(path).geometry.values()
-    return points
-
-
-def read_png(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+    return random_result(batch)
 
 
 def test_every_file_of_a_scene_is_written_and_listed(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
@@ -93,7 +44,9 @@ def test_only_the_formats_asked_for_are_written(result: Arrays, batch: ImageBatc
 
 
 def test_an_unknown_format_is_refused(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="output format 'obj' is unknown; choose from png, npz, ply, glb"):
+    with pytest.raises(
+        InputError, match="output format 'obj' is unknown; choose from png, npz, ply, glb, colmap, colmap-txt, rrd"
+    ):
         write_scene(result, batch, tmp_path / "out", formats=["png", "obj"])
     assert not (tmp_path / "out").exists()
 
@@ -220,82 +173,6 @@ def test_two_runs_write_the_same_bytes(result: Arrays, batch: ImageBatch, tmp_pa
     assert keys == sorted(keys)
 
 
-def test_a_second_scene_leaves_nothing_of_the_first(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    write_scene(result, batch, tmp_path / "out")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    (tmp_path / "out" / "009_mine_depth.png").write_text("mine")
-    one = ImageBatch(batch.images[:1], (dataclasses.replace(batch.views[0], name="other.png"),))
-    arrays = {name: array[:1] for name, array in result.items()}
-    written = write_scene(arrays, one, tmp_path / "out", formats=["png", "npz"])
-    names = {path.name for path in written}
-    assert "000_other_depth.png" in names
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"notes.txt", "009_mine_depth.png"}
-    assert read_cameras(tmp_path / "out")["files"] == [path.name for path in written[:-1]]
-
-
-def test_cameras_of_the_first_scene_never_stand_beside_files_of_the_second(
-    result: Arrays, batch: ImageBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    before = {path.name for path in write_scene(result, batch, out)}
-
-    def fail(*_: object) -> None:
-        assert not before & {path.name for path in out.iterdir()}
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("moe3d_deploy.runtime.outputs.atomic_write", fail)
-    with pytest.raises(InputError, match="No space left on device"):
-        write_scene(result, batch, out, formats=["png"])
-
-
-def test_a_scene_that_is_refused_leaves_the_earlier_one(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write_scene(result, batch, out)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    result["depth"][:] = 0
-    with pytest.raises(InputError, match="leave glb out of the formats"):
-        write_scene(result, batch, out)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-HOSTILE = [
-    {"files": ["../overview.png", "/tmp/overview.png", "sub/000_x_depth.png", "thesis.pdf", "..", "", 7, None, "a\0b"]},
-    {"files": "overview.png"},
-    {"files": {"overview.png": 1}},
-    {},
-    ["overview.png"],
-    "overview.png",
-]
-
-
-@pytest.mark.parametrize("text", [*map(json.dumps, HOSTILE), "", "{", "[" * 100_000, "\ud800"])
-def test_only_a_scenes_own_files_are_removed_whatever_cameras_json_says(
-    result: Arrays, batch: ImageBatch, tmp_path: Path, text: str
-) -> None:
-    out = tmp_path / "out"
-    kept = ["../overview.png", "sub/000_x_depth.png", "thesis.pdf", "overview.png"]
-    for name in kept:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("mine")
-    (out / "cameras.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    write_scene(result, batch, out, formats=["npz"])
-    assert all((out / name).read_text() == "mine" for name in kept)
-    assert read_cameras(out)["files"] == ["scene.npz"]
-
-
-def test_a_pipe_or_link_for_cameras_json_is_replaced_unread(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    (tmp_path / "overview.png").write_text("mine")
-    (tmp_path / "elsewhere.json").write_text('{"files": ["overview.png"]}')
-    (tmp_path / "cameras.json").symlink_to("elsewhere.json")
-    write_scene(result, batch, tmp_path, formats=[])
-    assert (tmp_path / "overview.png").exists()
-    assert (tmp_path / "elsewhere.json").exists()
-    (tmp_path / "cameras.json").unlink()
-    os.mkfifo(tmp_path / "cameras.json")
-    write_scene(result, batch, tmp_path, formats=[])
-    assert read_cameras(tmp_path)["files"] == []
-
-
 def test_npz_holds_every_array_unchanged(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
     write_scene(result, batch, tmp_path, formats=["npz"])
     with np.load(tmp_path / "scene.npz") as stored:
@@ -308,7 +185,7 @@ def test_point_files_have_the_pixels_colors_and_drop_what_was_asked(
     result: Arrays, batch: ImageBatch, tmp_path: Path
 ) -> None:
     """Photograph pixel (60..79, 20..39) is red, so network pixel (35, 15) is; padding never becomes a point."""
-    write_scene(result, batch, tmp_path, drop_lowest=0)
+    write_scene(result, batch, tmp_path, options=OutputOptions(drop_lowest=0))
     ply, glb = read_points(tmp_path / "points.ply"), read_points(tmp_path / "points.glb")
     assert len(ply.vertices) == 42 * 56 + 28 * 56
     np.testing.assert_array_equal(ply.vertices, glb.vertices)
@@ -336,17 +213,3 @@ def test_arrays_that_do_not_fit_the_batch_are_refused(result: Arrays, batch: Ima
         write_scene(wrong, batch, tmp_path)
     with pytest.raises(InputError, match="one scene, no batch axis"):
         write_scene({name: array[None] for name, array in result.items()}, batch, tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_is_named(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file/out: cannot write the results .* choose another output folder"):
-        write_scene(result, batch, tmp_path / "file" / "out")
-
-
-def test_a_failed_write_names_the_folder_and_leaves_no_part(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
-    """A folder in the place of a file stands for a disk that refuses: it does so for every user, root too."""
-    (tmp_path / "out" / "scene.npz").mkdir(parents=True)
-    with pytest.raises(InputError, match="out: cannot write the results"):
-        write_scene(result, batch, tmp_path / "out", formats=["npz"])
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scene.npz"]

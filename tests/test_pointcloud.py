@@ -10,7 +10,8 @@ import pytest
 import trimesh
 
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.runtime.pointcloud import PointCloud, point_cloud, write_glb, write_ply
+from moe3d_deploy.runtime.point_files import write_glb, write_ply
+from moe3d_deploy.runtime.pointcloud import PointCloud, point_cloud
 
 VIEWS, HEIGHT, WIDTH = 2, 4, 5
 PIXELS = VIEWS * HEIGHT * WIDTH
@@ -36,6 +37,7 @@ def random_cloud(count: int) -> PointCloud:
         points=rng.normal(size=(count, 3)).astype(np.float32),
         colors=rng.integers(0, 256, (count, 3), dtype=np.uint8),
         confidence=(1 + rng.random(count)).astype(np.float32),
+        pixels=np.arange(count),
     )
 
 
@@ -131,9 +133,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
 def test_a_cloud_has_equal_lengths_and_finite_points() -> None:
     cloud = random_cloud(3)
     with pytest.raises(InputError, match=r"colors has shape \(2, 3\), expected \(3, 3\)"):
-        PointCloud(cloud.points, cloud.colors[:2], cloud.confidence)
+        PointCloud(cloud.points, cloud.colors[:2], cloud.confidence, cloud.pixels)
     with pytest.raises(InputError, match="not finite"):
-        PointCloud(cloud.points * np.float32("inf"), cloud.colors, cloud.confidence)
+        PointCloud(cloud.points * np.float32("inf"), cloud.colors, cloud.confidence, cloud.pixels)
 
 
 def test_trimesh_reads_the_ply_unchanged(tmp_path: Path) -> None:

@@ -1,28 +1,19 @@
-"""Coloured point clouds from depth and cameras, and their PLY and GLB files.
+"""Coloured point clouds from depth and cameras. `point_files` writes them.
 
 Points are in the world frame of the extrinsics, OpenCV axes (x right, y down, z forward), up to the scene's scale.
 """
 
-import json
 import math
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.files import atomic_path
 from moe3d_deploy.geometry import unproject
+from moe3d_deploy.runtime.thinning import VoxelSize, one_per_voxel, scattered, scene_extent
 
-_PLY_VERTEX = np.dtype(
-    [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1"), ("confidence", "<f4")]
-)  # fmt: skip
-_PLY_TYPES = {"f4": "float", "u1": "uchar"}
-
-# The numbers the glTF 2.0 specification gives these names (sections 3.6, 3.7 and 4.4).
-_GLTF_FLOAT, _GLTF_UNSIGNED_BYTE, _GLTF_POINTS, _GLTF_ARRAY_BUFFER = 5126, 5121, 0, 34962
+_EXTENT_SAMPLE = 1 << 20  # points that a scene's extent is taken from, about
 
 
 @dataclass(frozen=True)
@@ -32,15 +23,18 @@ class PointCloud:
     points       (N, 3)  float32, world frame, OpenCV axes
     colors       (N, 3)  uint8 RGB (sRGB, as in the images)
     confidence   (N,)    float32, >= 1
+    pixels       (N,)    int64, where each point comes from: (view * H + row) * W + column
     """
 
     points: np.ndarray
     colors: np.ndarray
     confidence: np.ndarray
+    pixels: np.ndarray
 
     def __post_init__(self) -> None:
         count = len(self.confidence)
-        for name, shape in (("points", (count, 3)), ("colors", (count, 3)), ("confidence", (count,))):
+        shapes = {"points": (count, 3), "colors": (count, 3), "confidence": (count,), "pixels": (count,)}
+        for name, shape in shapes.items():
             if getattr(self, name).shape != shape:
                 raise InputError(f"point cloud: {name} has shape {getattr(self, name).shape}, expected {shape}")
         if not (np.isfinite(self.points).all() and np.isfinite(self.confidence).all()):
@@ -49,6 +43,13 @@ class PointCloud:
     def __len__(self) -> int:
         return len(self.confidence)
 
+    def limited(self, count: int) -> "PointCloud":
+        """At most `count` of the points, spread over all of them (`thinning.scattered`)."""
+        if len(self) <= count:
+            return self
+        kept = scattered(self.pixels, count)
+        return PointCloud(self.points[kept], self.colors[kept], self.confidence[kept], self.pixels[kept])
+
 
 def point_cloud(
     result: Mapping[str, np.ndarray],
@@ -56,6 +57,8 @@ def point_cloud(
     masks: Sequence[np.ndarray] | np.ndarray,
     *,
     drop_lowest: float = 0.25,
+    voxel: VoxelSize | None = None,
+    max_points: int | None = None,
 ) -> PointCloud:
     """Lift one scene's depth to coloured points, in view, row, column order.
 
@@ -63,31 +66,57 @@ def point_cloud(
     images        (S, 3, H, W) float RGB in [0, 1]
     masks         S times (H, W) bool, False on padding
     drop_lowest   fraction in [0, 1) of the scene's valid pixels to leave out, those of lowest confidence
+    voxel         then the most confident point of each voxel stays (`thinning.one_per_voxel`)
+    max_points    then so many stay, spread over the scene (`thinning.scattered`)
 
     Valid are pixels that are no padding and have a finite, positive depth, a finite confidence and a finite point. The
     threshold is the confidence of rank floor(drop_lowest * valid pixels); what is below it goes, and pixels that equal
     it all stay. So never more than the fraction goes, and nothing does where the confidence is constant.
-    Raises InputError for a missing array, a wrong shape or a fraction out of range.
+
+    It works view by view: beside the result and the cloud it holds one mask, and one view's points.
+    Raises InputError for a missing array, a wrong shape, a fraction or limit out of range, or a voxel that is too small
+    for the scene.
     """
-    if not 0 <= drop_lowest < 1:
-        raise InputError(f"the fraction of points to drop is {drop_lowest:g}; give a number from 0 to below 1")
+    check_thinning(drop_lowest, max_points)
     views, height, width = images.shape[0], images.shape[2], images.shape[3]
     check_scene(result, views, height, width)
-    valid = valid_pixels(result["depth"], masks) & np.isfinite(result["depth_conf"])
-    depth = np.where(valid, result["depth"], 1)
-    with np.errstate(over="ignore", invalid="ignore"):  # a broken camera gives non-finite points, dropped below
-        points = unproject(depth, result["extrinsics"], result["intrinsics"]).astype(np.float32)
-    valid &= np.isfinite(points).all(axis=-1)
+    kept = valid_pixels(result["depth"], masks) & np.isfinite(result["depth_conf"])
+    for view in range(views):
+        kept[view] &= np.isfinite(_lifted(result, view, kept[view])).all(axis=-1)
 
-    confidence = result["depth_conf"][valid]
+    confidence = result["depth_conf"][kept]
     if dropped := math.floor(drop_lowest * confidence.size):
-        valid &= result["depth_conf"] >= np.partition(confidence, dropped)[dropped]
-    colors = np.moveaxis(images, 1, -1)[valid]
-    return PointCloud(
-        points=points[valid],
-        colors=np.rint(np.clip(colors, 0, 1) * 255).astype(np.uint8),
-        confidence=result["depth_conf"][valid].astype(np.float32),
-    )
+        kept &= result["depth_conf"] >= np.partition(confidence, dropped)[dropped]
+    if voxel is not None:
+        size = voxel.value * (_extent(result, kept) if voxel.relative else 1)
+        if size > 0:  # of no extent are a scene without points and one that is a single point
+            ids = one_per_voxel(_parts(result, kept), size)
+            kept = np.zeros_like(kept)
+            kept.flat[ids] = True
+    pixels = np.flatnonzero(kept)
+    if max_points is not None and len(pixels) > max_points:
+        pixels = pixels[scattered(pixels, max_points)]
+        kept = np.zeros_like(kept)
+        kept.flat[pixels] = True
+
+    points = np.empty((len(pixels), 3), np.float32)
+    colors = np.empty((len(pixels), 3), np.uint8)
+    start = 0
+    for view in range(views):
+        end = start + np.count_nonzero(kept[view])
+        points[start:end] = _lifted(result, view, kept[view])[kept[view]]
+        pixel_colors = np.moveaxis(images[view], 0, -1)[kept[view]]
+        colors[start:end] = np.rint(np.clip(pixel_colors, 0, 1) * 255).astype(np.uint8)
+        start = end
+    return PointCloud(points, colors, result["depth_conf"][kept].astype(np.float32), pixels)
+
+
+def check_thinning(drop_lowest: float, max_points: int | None) -> None:
+    """Raise InputError for a fraction or a limit that `point_cloud` does not take."""
+    if not 0 <= drop_lowest < 1:
+        raise InputError(f"the fraction of points to drop is {drop_lowest:g}; give a number from 0 to below 1")
+    if max_points is not None and max_points < 1:
+        raise InputError(f"the largest number of points is {max_points}; give 1 or more")
 
 
 def valid_pixels(depth: np.ndarray, masks: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
@@ -113,86 +142,21 @@ def check_scene(result: Mapping[str, np.ndarray], views: int, height: int, width
             raise InputError(f"{name} has shape {result[name].shape}, expected {shape}: one scene, no batch axis")
 
 
-def write_ply(cloud: PointCloud, path: Path) -> None:
-    """Write a binary little-endian PLY: x y z float, red green blue uchar, confidence float; it may be empty."""
-    vertices = np.empty(len(cloud), _PLY_VERTEX)
-    for axis, (coordinate, color) in enumerate((("x", "red"), ("y", "green"), ("z", "blue"))):
-        vertices[coordinate] = cloud.points[:, axis]
-        vertices[color] = cloud.colors[:, axis]
-    vertices["confidence"] = cloud.confidence
-    header = [
-        "ply",
-        "format binary_little_endian 1.0",
-        "comment OpenCV axes: x right, y down, z forward; up to the scene's scale, not metres",
-        f"element vertex {len(cloud)}",
-        *(f"property {_PLY_TYPES[_PLY_VERTEX[name].str[1:]]} {name}" for name in _PLY_VERTEX.names or ()),
-        "end_header",
-    ]
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(("\n".join(header) + "\n").encode("ascii"))
-        file.write(vertices.tobytes())
+def _lifted(result: Mapping[str, np.ndarray], view: int, mask: np.ndarray) -> np.ndarray:
+    """(H, W, 3) float32 world points of one view; without meaning where `mask` (H, W) is false."""
+    depth = np.where(mask, result["depth"][view], 1)
+    with np.errstate(over="ignore", invalid="ignore"):  # a broken camera gives non-finite points, which are left out
+        return unproject(depth, result["extrinsics"][view], result["intrinsics"][view])
 
 
-def require_points(cloud: PointCloud, path: Path) -> None:
-    """Raise InputError if the cloud is empty and so no GLB at `path` can hold it."""
-    if len(cloud) == 0:
-        raise InputError(
-            f"{path}: there are no points and glTF cannot hold an empty cloud; lower drop_lowest, "
-            "check that the depth is finite and positive, or leave glb out of the formats"
-        )
+def _parts(result: Mapping[str, np.ndarray], kept: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per view points (n, 3), confidence (n,) and pixels (n,) where `kept` holds."""
+    for view, mask in enumerate(kept):
+        pixels = np.flatnonzero(mask) + view * mask.size
+        yield _lifted(result, view, mask)[mask], result["depth_conf"][view][mask], pixels
 
 
-def write_glb(cloud: PointCloud, path: Path) -> None:
-    """Write a binary glTF 2.0 file with one POINTS primitive.
-
-    The vertices are those of the cloud; the node turns them by 180 degrees about x, from OpenCV's axes to glTF's
-    (y up, z backward). Colours are the image's bytes, with an alpha of 255 that keeps every vertex 4-byte aligned.
-    Raises InputError for an empty cloud: glTF has no accessor without elements.
-    """
-    require_points(cloud, path)
-    positions = np.ascontiguousarray(cloud.points, "<f4")
-    colors = np.full((len(cloud), 4), 255, np.uint8)
-    colors[:, :3] = cloud.colors
-    document = {
-        "asset": {"version": "2.0", "generator": "moe3d-deploy"},
-        "scene": 0,
-        "scenes": [{"nodes": [0]}],
-        "nodes": [{"name": "points", "mesh": 0, "rotation": [1, 0, 0, 0]}],  # quaternion x, y, z, w
-        "meshes": [{"primitives": [{"mode": _GLTF_POINTS, "attributes": {"POSITION": 0, "COLOR_0": 1}}]}],
-        "accessors": [
-            {
-                "bufferView": 0,
-                "componentType": _GLTF_FLOAT,
-                "type": "VEC3",
-                "count": len(cloud),
-                "min": positions.min(axis=0).tolist(),
-                "max": positions.max(axis=0).tolist(),
-            },
-            {
-                "bufferView": 1,
-                "componentType": _GLTF_UNSIGNED_BYTE,
-                "normalized": True,
-                "type": "VEC4",
-                "count": len(cloud),
-            },
-        ],
-        "bufferViews": [
-            {"buffer": 0, "byteOffset": 0, "byteLength": positions.nbytes, "target": _GLTF_ARRAY_BUFFER},
-            {
-                "buffer": 0,
-                "byteOffset": positions.nbytes,
-                "byteLength": colors.nbytes,
-                "target": _GLTF_ARRAY_BUFFER,
-            },
-        ],
-        "buffers": [{"byteLength": positions.nbytes + colors.nbytes}],
-    }
-    text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode("ascii")
-    text += b" " * (-len(text) % 4)
-    data_length = positions.nbytes + colors.nbytes  # 16 bytes a point: aligned without padding
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<4sII", b"glTF", 2, 12 + 8 + len(text) + 8 + data_length))
-        file.write(struct.pack("<I4s", len(text), b"JSON") + text)
-        file.write(struct.pack("<I4s", data_length, b"BIN\0"))
-        file.write(positions.tobytes())
-        file.write(colors.tobytes())
+def _extent(result: Mapping[str, np.ndarray], kept: np.ndarray) -> float:
+    """`scene_extent` of every n-th point, n such that about _EXTENT_SAMPLE are taken."""
+    step = max(1, np.count_nonzero(kept) // _EXTENT_SAMPLE)
+    return scene_extent(np.concatenate([points[::step] for points, _, _ in _parts(result, kept)]))
