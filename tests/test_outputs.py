@@ -207,6 +207,21 @@ def test_odd_view_names_stay_in_the_folder(result: Arrays, batch: ImageBatch, tm
     assert all(path.parent == tmp_path / "out" and path.is_file() for path in written)
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("clip.mp4#000120", "000_clip_000120_depth.png"),
+        ("my.clip.mov#7", "000_my.clip_7_depth.png"),
+        ("a#b.png", "000_a_b_depth.png"),
+    ],
+)
+def test_a_frame_keeps_its_number_in_file_names(
+    result: Arrays, batch: ImageBatch, tmp_path: Path, name: str, start: str
+) -> None:
+    frames = ImageBatch(batch.images, tuple(type(view)(**{**view.to_dict(), "name": name}) for view in batch.views))
+    assert (tmp_path / start) in write_scene(result, frames, tmp_path, formats=["png"])
+
+
 def test_arrays_that_do_not_fit_the_batch_are_refused(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:
     wrong = {**result, "expert_weights": result["expert_weights"][:, 0]}
     with pytest.raises(InputError, match=r"expert_weights has shape \(2, 42, 56\), expected \(S, K, H, W\)"):

@@ -266,6 +266,11 @@ def _check_experts(arrays: dict[str, np.ndarray], views: int, height: int, width
 
 
 def _stem(name: str) -> str:
-    """A view's name without folder and ending, with every character that some file system dislikes as "_"."""
-    stem = re.sub(r"[^\w.-]", "_", Path(name).stem)
+    """A view's name without folder and ending, with every character that some file system dislikes as "_".
+
+    A frame keeps its number: clip.mp4#000120 is clip_000120.
+    """
+    frame = re.fullmatch(r"(.+)#([0-9]+)", name)
+    plain = f"{Path(frame[1]).stem}_{frame[2]}" if frame else Path(name).stem
+    stem = re.sub(r"[^\w.-]", "_", plain)
     return stem.encode("utf-8")[:_STEM_BYTES].decode("utf-8", "ignore")
