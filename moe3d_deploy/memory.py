@@ -1,0 +1,53 @@
+"""Activation memory: how many bytes of tensors are alive at once while a model runs. Weights are not part of it.
+
+The tensors that a run makes and lets go are written down in order (memory_eager, memory_compiled), then counted the
+way their allocator does. Nothing here runs a model or needs torch.
+"""
+
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.memory_compiled import record_compiled
+from moe3d_deploy.memory_eager import record_eager
+from moe3d_deploy.tape import Sizes
+
+FORMS = ("eager", "fused", "explicit")
+
+# Bytes per value of what the encoder and the aggregator, and what the dense heads compute with.
+_BYTES = {"fp32": (4, 4), "fp16": (2, 2), "fp16-fp32heads": (2, 4), "bf16": (2, 4), "bf16-fp16heads": (2, 2)}
+
+
+def activation_bytes(
+    config: ModelConfig,
+    shape: tuple[int, int, int, int],
+    *,
+    form: str,
+    precision: str = "fp32",
+    view_chunk: int | None = None,
+) -> int:
+    """Peak bytes of the tensors alive at once, for depth and cameras of images of `shape` (B, S, H, W).
+
+    form        "eager": the PyTorch model in float32 with fused attention; the sum of the live tensors.
+                "fused": an engine with fused attention, built for a range of shapes of which `shape` is the largest;
+                such an engine reserves a block for every tensor alive at once, each as large as the largest tensor
+                that it ever holds.
+                "explicit": the same engine with the attention's weights in memory, (heads, T, T) for each view and
+                (heads, S T, S T) for each scene: TensorRT-RTX in float32.
+    precision   of the weights and of what is computed with them; "eager" is float32 only
+    view_chunk  "eager" only: views that the dense heads take at a time
+
+    Raises InputError for a combination that does not exist.
+    """
+    if form not in FORMS:
+        raise InputError(f"form {form!r} is unknown; choose from {', '.join(FORMS)}")
+    if precision not in _BYTES:
+        raise InputError(f"precision {precision!r} is unknown; choose from {', '.join(_BYTES)}")
+    if form == "eager" and precision != "fp32":
+        raise InputError(f"form 'eager' is float32 only, not {precision}; choose fp32, or form 'fused'")
+    if form != "eager" and view_chunk is not None:
+        raise InputError(f"form {form!r} runs all views at once; leave view_chunk out, or choose form 'eager'")
+    if view_chunk is not None and view_chunk < 1:
+        raise InputError(f"view_chunk must be at least 1, got {view_chunk}")
+    sizes = Sizes.of(config, shape)
+    if form == "eager":
+        return record_eager(sizes, view_chunk).peak()
+    return record_compiled(sizes, *_BYTES[precision], fused=form == "fused").blocks()

@@ -1,0 +1,238 @@
+"""What a run of a given shape takes: work, memory, the least time on a device, and what to change where it is too big.
+
+Arithmetic over `costs`, `memory` and `devices`; nothing is loaded and nothing is run.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moe3d_deploy import costs
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.costs import Shape4, TypeOf
+from moe3d_deploy.devices import CPU, Device
+from moe3d_deploy.errors import InputError
+
+MOST_VIEWS = 4096  # where a search for more views ends
+
+_GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.weight"
+_LARGEST_VOLUME = 2**31 - 1  # values of a convolution's input or output that TensorRT documents
+_HALF_MAX = 65504
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run, and where.
+
+    config      the model as it is run: its `point_head` says whether that head is
+    precision   by name, for `memory`; `type_of` is its rule
+    form        of the attention: "eager" (PyTorch, float32 only), "fused" or "explicit" (engines); see `memory`
+    merged      one convolution for all experts, as exports have it
+    view_chunk  views that the dense heads take at a time (PyTorch only); None for all
+    """
+
+    config: ModelConfig
+    precision: str
+    type_of: TypeOf
+    form: str
+    device: Device | None = None
+    merged: bool = True
+    view_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.view_chunk is not None and self.form != "eager":
+            raise InputError("heads in chunks of views exist in PyTorch only: take form eager, or leave view_chunk out")
+        device = self.device
+        if device and (missing := next((kind for kind in self._types() if kind not in device.flops), None)):
+            raise InputError(
+                f"device {device.name} computes no {missing}, which {self.precision} needs; change one of them"
+            )
+
+    @functools.cached_property
+    def weight_bytes(self) -> int:
+        return costs.weight_bytes(self.config, self.type_of)
+
+    def _types(self) -> list[str]:
+        patch = self.config.patch_size
+        return list(costs.flops_by_type(self.config, (1, 1, patch, patch), self.type_of))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds of the work at the device's peaks: its products at their rates, its bytes at the memory's bandwidth."""
+
+    compute: float
+    memory: float
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute >= self.memory else "memory"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing to change so that a run fits, found by search. `kind`: views, batch, size, precision or view_chunk."""
+
+    kind: str
+    shape: Shape4
+    precision: str
+    view_chunk: int | None
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ShapePlan:
+    """One shape's costs; `floor` and `fits` are None without a device."""
+
+    shape: Shape4
+    flops: int
+    expert_share: float
+    weight_bytes: int
+    activation_bytes: int
+    traffic_bytes: int
+    floor: Floor | None
+    fits: bool | None
+    warnings: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.weight_bytes + self.activation_bytes
+
+
+def usual_form(type_of: TypeOf, device: Device | None) -> str:
+    """The attention's form where nobody says otherwise: engines fuse it in 16 bits, nothing does on a CPU."""
+    on_cpu = device is not None and device.name == CPU
+    return "explicit" if on_cpu or type_of(_GLOBAL_ATTENTION) == "float32" else "fused"
+
+
+def usual_shapes(config: ModelConfig) -> list[Shape4]:
+    """One scene of 1, 2, 4, 8 and 16 views, as wide as the model's size and 392/518 of it high, in whole patches."""
+    height = max(1, round(config.pos_embed_grid * 392 / 518)) * config.patch_size
+    return [(1, views, height, config.img_size) for views in (1, 2, 4, 8, 16)]
+
+
+def plan(setup: Setup, shape: Shape4) -> ShapePlan:
+    """All figures of one run on (batch, views, height, width). Raises InputError for a shape the model cannot take."""
+    batch, views, height, width = shape
+    floor = _floor(setup, shape) if setup.device else None
+    weights, activations = setup.weight_bytes, _activation_bytes(setup, shape)
+    return ShapePlan(
+        shape=shape,
+        flops=costs.total_flops(setup.config, views, height, width, batch=batch),
+        expert_share=costs.expert_share(setup.config, views, height, width),
+        weight_bytes=weights,
+        activation_bytes=activations,
+        traffic_bytes=costs.traffic_bytes(setup.config, shape, setup.type_of),
+        floor=floor,
+        fits=weights + activations <= setup.device.memory if setup.device else None,
+        warnings=tuple(_warnings(setup, shape)),
+    )
+
+
+def largest_views(setup: Setup, shape: Shape4) -> int:
+    """The most views per scene that fit on the device, at the batch and size of `shape`: 0 to MOST_VIEWS."""
+    batch, _, height, width = shape
+    return _largest(MOST_VIEWS, lambda views: fits(setup, (batch, views, height, width)))
+
+
+def fits(setup: Setup, shape: Shape4) -> bool:
+    """Whether weights and activations are at most the memory of the setup's device. Raises InputError without one."""
+    if setup.device is None:
+        raise InputError("whether a run fits depends on a device; name one")
+    return _peak(setup, shape) <= setup.device.memory
+
+
+def changes_that_fit(setup: Setup, shape: Shape4, others: Sequence[Setup] = ()) -> list[Change]:
+    """What, changed alone, makes a run of `shape` fit: fewer views or scenes, smaller images, a precision of `others`,
+    and in PyTorch heads in chunks. Empty where none of them does."""
+    batch, views, height, width = shape
+    patch = setup.config.patch_size
+    rows, columns = height // patch, width // patch
+    found: list[Change] = []
+
+    def add(kind: str, changed: Setup, smaller: Shape4) -> None:
+        peak = _peak(changed, smaller)
+        found.append(Change(kind, smaller, changed.precision, changed.view_chunk, peak))
+
+    def of_rows(count: int) -> Shape4:
+        return batch, views, count * patch, max(1, round(columns * count / rows)) * patch
+
+    if most := _largest(views - 1, lambda count: fits(setup, (batch, count, height, width))):
+        add("views", setup, (batch, most, height, width))
+    if most := _largest(batch - 1, lambda count: fits(setup, (count, views, height, width))):
+        add("batch", setup, (most, views, height, width))
+    if most := _largest(rows - 1, lambda count: fits(setup, of_rows(count))):
+        add("size", setup, of_rows(most))
+    for other in others:
+        if fits(other, shape):
+            add("precision", other, shape)
+    if setup.form == "eager":
+        largest_chunk = (setup.view_chunk or batch * views) - 1
+        if most := _largest(largest_chunk, lambda count: fits(replace(setup, view_chunk=count), shape)):
+            add("view_chunk", replace(setup, view_chunk=most), shape)
+    return found
+
+
+def _floor(setup: Setup, shape: Shape4) -> Floor:
+    device = setup.device
+    if device is None:
+        raise InputError("a least time depends on a device; name one")
+    work = costs.flops_by_type(setup.config, shape, setup.type_of)
+    moved = costs.traffic_bytes(setup.config, shape, setup.type_of)
+    return Floor(sum(count / device.flops[kind] for kind, count in work.items()), moved / device.bandwidth)
+
+
+def _warnings(setup: Setup, shape: Shape4) -> Iterator[str]:
+    """Limits that a shape crosses and that no figure shows."""
+    batch, views, height, width = shape
+    if setup.form == "eager":
+        return
+    volume = _convolution_volume(setup, height, width)
+    if batch * views * volume > _LARGEST_VOLUME:
+        yield (
+            f"a convolution has {batch * views * volume:,} values, more than the 2^31 - 1 that TensorRT documents; "
+            f"{_LARGEST_VOLUME // volume} views in all stay below: verify such a run on the device"
+        )
+    tokens = costs.Sizes.of(setup.config, shape).tokens(setup.config.aggregator.num_register_tokens)
+    if setup.type_of(_GLOBAL_ATTENTION) == "float16" and views * tokens > _HALF_MAX:
+        yield (
+            f"global attention has {views * tokens:,} keys; a fused kernel that sums its softmax in float16 overflows "
+            f"past {_HALF_MAX:,}, which {_HALF_MAX // tokens} views stay below: verify such a run on the device"
+        )
+
+
+def _convolution_volume(setup: Setup, height: int, width: int) -> int:
+    """Values of one view in the largest tensor that a convolution reads or writes."""
+    config, moe = setup.config, setup.config.moe
+    wide = config.dpt_head.features // 2
+    if moe and setup.merged:
+        wide = max(wide, moe.num_experts * moe.hidden_channels + moe.gate_hidden_channels)
+    elif moe:
+        wide = max(wide, moe.hidden_channels, moe.gate_hidden_channels)
+    patches = height * width // config.patch_size**2
+    return max(wide * height * width, 64 * patches * config.dpt_head.features)
+
+
+def _peak(setup: Setup, shape: Shape4) -> int:
+    return setup.weight_bytes + _activation_bytes(setup, shape)
+
+
+def _activation_bytes(setup: Setup, shape: Shape4) -> int:
+    from moe3d_deploy.memory import activation_bytes
+
+    costs.check_shape(setup.config, shape)
+    return activation_bytes(
+        setup.config, shape, form=setup.form, precision=setup.precision, view_chunk=setup.view_chunk
+    )
+
+
+def _largest(limit: int, good: Callable[[int], bool]) -> int:
+    """The largest count up to `limit` that is good, 0 for none; whatever is below a good count is good too."""
+    low, high = 0, max(0, limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if good(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
