@@ -1,9 +1,8 @@
 """What a measurement was made on: the machine, the versions and the state of the code. No host name, no absolute path.
 
-Reads the CUDA driver by itself, so that it neither needs nor loads torch or TensorRT.
+Neither needs nor loads torch or TensorRT: the CUDA driver is asked directly.
 """
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import moe3d_deploy
-from moe3d_deploy.machine import cpu_name
+from moe3d_deploy import cuda_driver
+from moe3d_deploy.machine import cpu_name, memory_bytes, usable_cores
 
 PACKAGES = (
     "click", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu",
@@ -25,7 +25,6 @@ PACKAGES = (
 )  # fmt: skip
 
 _TIMEOUT_SECONDS = 20
-_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, cuda.h
 _RESULTS = "benchmarks/results"  # a result that is not committed yet does not change the code that made it
 # Not the middle of a relative path, of a URL or of a fraction.
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/-])/(?:[\w.+@~-]+/)*([\w.+@~-]+)/?")
@@ -40,13 +39,13 @@ def environment(*, command: Sequence[str] | None = None, revision: str | None = 
     command = ["python", *sys.orig_argv[1:]] if command is None else command
     return {
         **_cuda(),
-        "driver": _driver_version(),
+        "driver": cuda_driver.driver_version(),
         "cpu": {
             "name": cpu_name(),
             "logical_cores": os.cpu_count(),
-            "usable_cores": len(os.sched_getaffinity(0)),
+            "usable_cores": usable_cores(),
         },
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "system": {"name": platform.system(), "machine": platform.machine()},
         "python": platform.python_version(),
         "moe3d_deploy": moe3d_deploy.__version__,
@@ -62,55 +61,17 @@ def without_paths(text: str) -> str:
 
 
 def _cuda() -> dict[str, Any]:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return {"gpus": [], "cuda_driver_api": None}
-    return read_cuda_driver(driver)
-
-
-def read_cuda_driver(driver: Any) -> dict[str, Any]:
-    """`gpus`, each name, compute_capability ("9.0") and memory_bytes, and `cuda_driver_api` ("13.0").
-
-    driver   the loaded libcuda; a card that does not answer is left out
-    """
-    if driver.cuInit(0):
-        return {"gpus": [], "cuda_driver_api": None}
-    number = ctypes.c_int()
-    api = None
-    if not driver.cuDriverGetVersion(ctypes.byref(number)):
-        api = f"{number.value // 1000}.{number.value % 1000 // 10}"
-    cards: list[dict[str, Any]] = []
-    if driver.cuDeviceGetCount(ctypes.byref(number)):
-        return {"gpus": cards, "cuda_driver_api": api}
-    for index in range(number.value):
-        device, value, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
-        name = ctypes.create_string_buffer(256)
-        status = driver.cuDeviceGet(ctypes.byref(device), index)
-        status = status or driver.cuDeviceGetName(name, len(name), device)
-        status = status or driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-        capability = []
-        for attribute in _COMPUTE_CAPABILITY:
-            status = status or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-            capability.append(str(value.value))
-        if not status:
-            cards.append(
-                {
-                    "name": name.value.decode(errors="replace"),
-                    "compute_capability": ".".join(capability),
-                    "memory_bytes": memory.value,
-                }
-            )
-    return {"gpus": cards, "cuda_driver_api": api}
-
-
-def _driver_version() -> str | None:
-    lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return lines.splitlines()[0].strip() if lines else None
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """`gpus`, each name, compute_capability ("9.0") and memory_bytes, and `cuda_driver_api` ("13.0")."""
+    found = cuda_driver.query()
+    gpus = [
+        {
+            "name": gpu.name,
+            "compute_capability": "{}.{}".format(*gpu.compute_capability),
+            "memory_bytes": gpu.memory_bytes,
+        }
+        for gpu in found.gpus
+    ]
+    return {"gpus": gpus, "cuda_driver_api": found.api}
 
 
 def _packages() -> dict[str, str]:

@@ -7,6 +7,8 @@ import pytest
 from bundles import NEW, SPOILT, build_new, content, siblings, spoil
 from manifests import ENGINE, example_engine, example_manifest
 
+from moe3d_deploy import bundle as bundle_module
+from moe3d_deploy import bundle_files, files
 from moe3d_deploy.bundle import Bundle, BundleWriter, add_engine, engine_name
 from moe3d_deploy.errors import BundleError, InputError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Profile
@@ -169,3 +171,87 @@ def test_an_engine_that_cannot_be_named_is_an_error() -> None:
         engine_name("m", profile, "fp16", [], "tensorrt", "1")
     with pytest.raises(InputError, match="choose another model name"):
         engine_name("../m", profile, "fp16", [89], "tensorrt", "1")
+
+
+def test_a_bundle_is_usable_at_the_moment_a_new_engine_has_its_place(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end between the engine's rename and the manifest after it: the record of the old engine is gone by then."""
+    replace_file = files.os.replace
+
+    def replace_and_end(source: Path, target: Path) -> None:
+        replace_file(source, target)
+        if target.suffix == ".plan":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", replace_and_end)
+    with pytest.raises(KeyboardInterrupt):
+        add_engine(bundle, example_engine(), build_new)
+    assert (bundle / ENGINE).read_bytes() == b"new engine"
+    assert Bundle.open(bundle).manifest.engines == ()
+
+
+def test_adding_an_engine_digests_no_file_but_the_engine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes of weights, which the next reader digests anyway, and each engine that is there."""
+    digested: list[Path] = []
+    digest = bundle_files.sha256_file
+
+    def record(path: Path) -> str:
+        digested.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(bundle_files, "sha256_file", record)
+    add_engine(bundle, example_engine("engines/a.plan"), build_new)
+    assert [(path.parent, path.suffix) for path in digested] == [(bundle / "engines", ".plan")]
+    assert digested[0].name.startswith(".a.partial-")
+
+
+def test_an_engine_may_lie_in_a_folder_of_its_own(bundle: Path) -> None:
+    spoil(bundle, "no folder")
+    add_engine(bundle, example_engine("engines/orin/a.plan"), build_new)
+    assert Bundle.open(bundle).manifest.engines[0].file == "engines/orin/a.plan"
+
+
+def test_a_disk_that_fails_while_an_engine_is_added_or_looked_at_is_told_with_the_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(bundle)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(bundle_module, "check_file", fail)
+    with pytest.raises(BundleError) as error:
+        opened.engine_faults()
+    with pytest.raises(BundleError) as checked:
+        opened.check()
+    assert str(checked.value) == str(error.value)
+    expected = f"bundle {bundle} cannot be read: [Errno 5] Input/output error; check its rights or copy it again"
+    assert str(error.value) == expected
+    monkeypatch.setattr(bundle_module, "read_manifest", fail)
+    with pytest.raises(BundleError) as error:
+        Bundle.open(bundle)
+    assert str(error.value) == expected
+    monkeypatch.undo()
+    with pytest.raises(BundleError) as error:
+        add_engine(bundle, example_engine(), fail)
+    expected = f"bundle {bundle} cannot be written: [Errno 5] Input/output error; check space and rights, then repeat"
+    assert str(error.value) == expected
+
+
+def test_capital_letters_of_a_model_stay_in_the_name_of_its_engine() -> None:
+    profile = Profile((1, 1, 14, 14), (1, 1, 14, 14), (1, 1, 14, 14))
+    assert engine_name("VGGT-1B", profile, "fp16", [89], "tensorrt", "11.1").startswith("VGGT-1B_1x14x14_")
+
+
+def test_refusals_of_a_name_say_what_to_do() -> None:
+    profile = Profile((1, 1, 14, 14), (1, 1, 14, 14), (1, 1, 14, 14))
+    with pytest.raises(InputError) as error:
+        engine_name("m", profile, "fp16", [], "tensorrt", "1")
+    assert str(error.value) == "an engine needs at least one compute capability in its name, such as 89"
+    with pytest.raises(InputError) as error:
+        engine_name("../m", profile, "fp16", [89], "tensorrt", "1")
+    assert str(error.value) == (
+        "engine name 'engines/..-m_1x14x14_fp16_sm89_trt1.plan' is no file name of a bundle "
+        "(ASCII letters, digits and _ . + -); choose another model name, precision or version"
+    )

@@ -239,3 +239,41 @@ def test_weights_are_looked_for_before_a_bundle_is_committed(tmp_path: Path) -> 
 def test_an_unknown_way_to_verify_is_an_error(bundle: Path) -> None:
     with pytest.raises(InputError, match="verify is 'none'; use 'full' or 'sizes'"):
         Bundle.open(bundle, verify="none")  # type: ignore[arg-type]
+
+
+def test_a_check_is_of_everything_unless_less_is_asked_for(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    spoil(bundle, "damaged")
+    with pytest.raises(BundleError, match=r"\.plan is damaged"):
+        opened.check()
+    with pytest.raises(BundleError, match=r"\.plan is damaged"):
+        opened.check(engines=True)
+    opened.check(verify="sizes")
+    opened.check(engines=False)
+
+
+def test_a_manifest_of_the_largest_size_is_read_and_of_one_byte_more_is_not(bundle: Path) -> None:
+    file = bundle / MANIFEST_NAME
+    file.write_bytes(file.read_bytes().ljust(MAX_BYTES))
+    Bundle.open(bundle)
+    file.write_bytes(file.read_bytes() + b" ")
+    assert f"has {MAX_BYTES + 1} bytes, more than {MAX_BYTES}; copy the bundle again" in refusal(bundle)
+
+
+def test_a_bundle_that_was_moved_aside_is_found_under_its_hidden_name(bundle: Path) -> None:
+    aside = bundle.with_name(".bundle.old-0123456789abcdef")
+    bundle.rename(aside)
+    assert refusal(bundle) == (f"bundle {bundle} was moved aside for a new one that did not come; rename {aside} to it")
+
+
+def test_only_an_engine_can_be_built_again(bundle: Path) -> None:
+    (bundle / "model.onnx.data").unlink()
+    assert refusal(bundle) == f"{bundle / 'model.onnx.data'} is missing; copy the bundle again"
+    (bundle / ENGINE).unlink()  # comes before it in the manifest
+    assert refusal(bundle) == f"{bundle / ENGINE} is missing; copy the bundle again or build the engine again"
+
+
+def test_a_long_place_of_weights_is_cut_in_the_message(tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as error:
+        write_bundle(tmp_path / "bundle", external("a" * 200))
+    assert f"has weights in '{'a' * 79}, which is not among the manifest's files" in str(error.value)

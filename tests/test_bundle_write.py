@@ -7,6 +7,8 @@ import pytest
 from bundles import NEW, OLD, content, siblings, write_bundle
 from manifests import ENGINE, example_manifest
 
+from moe3d_deploy import bundle as bundle_module
+from moe3d_deploy import bundle_staging
 from moe3d_deploy.bundle import Bundle, BundleWriter
 from moe3d_deploy.errors import BundleError, InputError
 from moe3d_deploy.manifest import MANIFEST_NAME
@@ -192,3 +194,38 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BundleError, match="cannot be written: .*No space left on device.*check space"):
         write_bundle(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "commits"),
+    [
+        (os.path, "ismount", True),
+        (bundle_module, "writer_lock", True),
+        (bundle_module, "sync", True),
+        (bundle_staging.shutil, "rmtree", False),  # has something to do only without a commit
+    ],
+)
+def test_a_disk_that_fails_at_the_start_in_the_commit_or_at_the_end_is_told_with_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, step: str, commits: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def write() -> None:
+        with BundleWriter(tmp_path / "bundle") as writer:
+            (writer.folder / "model.onnx").write_bytes(OLD)
+            if commits:
+                writer.commit(example_manifest())
+
+    monkeypatch.setattr(owner, step, fail)
+    with pytest.raises(BundleError) as error:
+        write()
+    expected = f"bundle {tmp_path / 'bundle'} cannot be written: [Errno 5] Input/output error; "
+    assert str(error.value) == expected + "check space and rights, then repeat"
+
+
+def test_a_writer_that_was_left_has_no_folder_any_more(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "bundle") as writer:
+        assert writer.folder.is_dir()
+    with pytest.raises(InputError, match="is closed; use it in its with block, before commit"):
+        writer.folder  # noqa: B018

@@ -1,53 +1,22 @@
 """What a result file says of the machine: enough to judge a figure, nothing that names the machine or its folders."""
 
-import ctypes
 import json
 import platform
 import re
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import moe3d_deploy
+from moe3d_deploy import cuda_driver
 from moe3d_deploy.benchmarks import environment as module
-from moe3d_deploy.benchmarks.environment import environment, read_cuda_driver, without_paths
+from moe3d_deploy.benchmarks.environment import environment, without_paths
+from moe3d_deploy.cuda_driver import CudaDriver, Gpu
 
 ROOT = Path(moe3d_deploy.__file__).resolve().parent.parent
-
-
-class FakeDriver:
-    """libcuda of a machine with two cards, of which the second does not answer."""
-
-    def cuInit(self, flags: int) -> int:
-        return 0
-
-    def cuDriverGetVersion(self, out: Any) -> int:
-        return self._give(out, 12060)
-
-    def cuDeviceGetCount(self, out: Any) -> int:
-        return self._give(out, 2)
-
-    def cuDeviceGet(self, out: Any, index: int) -> int:
-        return 0 if index == 0 else 101
-
-    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
-        name.value = b"Test Card 9000"
-        return 0
-
-    def cuDeviceTotalMem_v2(self, out: Any, device: ctypes.c_int) -> int:
-        assert isinstance(out._obj, ctypes.c_size_t)  # a C int would end at 2 GiB
-        return self._give(out, 141 << 30)
-
-    def cuDeviceGetAttribute(self, out: Any, attribute: int, device: ctypes.c_int) -> int:
-        return self._give(out, {75: 8, 76: 7}[attribute])
-
-    def _give(self, out: Any, value: int) -> int:
-        out._obj.value = value
-        return 0
 
 
 def test_environment_says_what_a_figure_depends_on() -> None:
@@ -91,32 +60,20 @@ def test_absolute_paths_become_their_last_part(text: str, shown: str) -> None:
     assert without_paths(text) == shown
 
 
-def test_cards_come_from_the_cuda_driver() -> None:
-    assert read_cuda_driver(FakeDriver()) == {
-        "gpus": [{"name": "Test Card 9000", "compute_capability": "8.7", "memory_bytes": 141 << 30}],
-        "cuda_driver_api": "12.6",
-    }
+def test_cards_are_those_of_the_cuda_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = CudaDriver(0, "12.6", (Gpu("Test Card 9000", (8, 7), 141 << 30),))
+    monkeypatch.setattr(cuda_driver, "query", lambda: driver)
+    monkeypatch.setattr(cuda_driver, "driver_version", lambda: "580.10.01")
+    found = environment()
+    assert found["gpus"] == [{"name": "Test Card 9000", "compute_capability": "8.7", "memory_bytes": 141 << 30}]
+    assert (found["cuda_driver_api"], found["driver"]) == ("12.6", "580.10.01")
 
 
-def test_a_driver_that_does_not_start_means_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FakeDriver, "cuInit", lambda self, flags: 100)  # CUDA_ERROR_NO_DEVICE
-    assert read_cuda_driver(FakeDriver()) == {"gpus": [], "cuda_driver_api": None}
-
-
-def test_driver_version_is_what_nvidia_smi_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && printf "580.10.01\\n580.10.01\\n"\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert environment()["driver"] == "580.10.01"
-
-
-def test_driver_version_is_unknown_where_nvidia_smi_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert environment()["driver"] is None
+def test_a_machine_without_a_driver_has_no_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "query", lambda: CudaDriver(None, None, ()))
+    monkeypatch.setattr(cuda_driver, "driver_version", lambda: None)
+    found = environment()
+    assert (found["gpus"], found["cuda_driver_api"], found["driver"]) == ([], None, None)
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -212,3 +212,101 @@ def test_points_behind_the_camera_have_negative_depth():
 def test_wrong_shapes_are_named(call, message):
     with pytest.raises(InputError, match=message):
         call(*quarter_turn_camera())
+
+
+def test_one_point_per_camera_has_no_axis_of_its_own():
+    """Two scenes of three cameras, each at the origin with focal length f: (1, 0, 1) is seen f to the right."""
+    extrinsics = np.broadcast_to(np.eye(3, 4), (2, 3, 3, 4))
+    focal = np.arange(10.0, 16.0).reshape(2, 3)
+    intrinsics = np.zeros((2, 3, 3, 3))
+    intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = focal
+    intrinsics[..., 2, 2] = 1
+    uv, depth = project(np.broadcast_to([1.0, 0.0, 1.0], (2, 3, 3)), extrinsics, intrinsics)
+    np.testing.assert_array_equal(uv, np.stack([focal, np.zeros((2, 3))], axis=-1))
+    np.testing.assert_array_equal(depth, np.ones((2, 3)))
+
+
+@pytest.mark.parametrize("wide", range(3))
+def test_one_float64_input_makes_the_results_float64(wide):
+    arrays = [np.ones((5, 3), np.float32), *(array.astype(np.float32) for array in quarter_turn_camera())]
+    assert {result.dtype for result in project(*arrays)} == {np.dtype(np.float32)}
+    assert cameras_to_pose_encoding(*arrays[1:], 4, 4).dtype == np.float32
+    assert invert_extrinsics(arrays[1]).dtype == np.float32
+    arrays[wide] = arrays[wide].astype(np.float64)
+    assert {result.dtype for result in project(*arrays)} == {np.dtype(np.float64)}
+    assert cameras_to_pose_encoding(*arrays[1:], 4, 4).dtype == (np.float64 if wide else np.float32)
+
+
+def test_half_precision_input_gives_float32_results():
+    encoding = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1], np.float16)
+    extrinsics, intrinsics = pose_encoding_to_cameras(encoding, 4, 4)
+    assert extrinsics.dtype == intrinsics.dtype == np.float32
+    assert invert_extrinsics(extrinsics.astype(np.float16)).dtype == np.float32
+
+
+def test_float32_input_is_computed_in_float64_and_rounded_once():
+    """So equal to the float64 result of the same values, rounded: to the last bit."""
+    rng = np.random.default_rng(0)
+    encoding = rng.uniform(0.3, 1.5, (50, 9)).astype(np.float32)
+    wide = encoding.astype(np.float64)
+    cameras, exact = pose_encoding_to_cameras(encoding, 9, 7), pose_encoding_to_cameras(wide, 9, 7)
+    _assert_rounded_once(cameras, exact)
+    exact = [camera.astype(np.float64) for camera in cameras]
+    points = rng.uniform(2, 9, (50, 4, 3)).astype(np.float32)
+    _assert_rounded_once(project(points, *cameras), project(points.astype(np.float64), *exact))
+    _assert_rounded_once([cameras_to_pose_encoding(*cameras, 9, 7)], [cameras_to_pose_encoding(*exact, 9, 7)])
+    _assert_rounded_once([invert_extrinsics(cameras[0])], [invert_extrinsics(exact[0])])
+    depth = rng.uniform(1, 9, (50, 3, 4))
+    np.testing.assert_array_equal(unproject(depth, *cameras), unproject(depth, *exact))
+
+
+def _assert_rounded_once(narrow, exact):
+    for result, expected in zip(narrow, exact, strict=True):
+        np.testing.assert_array_equal(result, expected.astype(np.float32))
+
+
+def test_whole_numbers_are_as_good_as_floats():
+    """1 / 10 of the focal length would be 0 in whole numbers."""
+    extrinsics, intrinsics = quarter_turn_camera()
+    points = unproject(np.ones((3, 6), int), extrinsics.astype(int), intrinsics.astype(int))
+    np.testing.assert_array_equal(points, unproject(np.ones((3, 6)), extrinsics, intrinsics))
+
+
+@pytest.mark.filterwarnings("error")
+def test_degenerate_cameras_and_points_are_no_numpy_warnings():
+    """A point in the camera's plane (x / 0) and in its centre (0 / 0), a view of angle 0, a quaternion of length 0."""
+    uv, depth = project(np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), np.eye(3, 4), np.eye(3))
+    np.testing.assert_array_equal(depth, [0, 0])
+    assert not np.isfinite(uv).any()
+    extrinsics, intrinsics = pose_encoding_to_cameras(np.zeros(9), 4, 4)
+    assert np.isnan(extrinsics[:, :3]).all()
+    assert np.isposinf(intrinsics[[0, 1], [0, 1]]).all()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_an_exact_half_turn_has_the_positive_axis(axis):
+    """The scalar part is 0, so both signs are unit quaternions of it; VGGT turns only a negative scalar part round."""
+    rotation = -np.eye(3)
+    rotation[axis, axis] = 1
+    encoding = cameras_to_pose_encoding(np.concatenate([rotation, np.zeros((3, 1))], axis=1), np.eye(3), 4, 4)
+    np.testing.assert_array_equal(encoding[3:7], np.eye(4)[axis])
+
+
+@pytest.mark.parametrize("entry", [(0, 0), (1, 1)])
+def test_one_focal_length_of_zero_is_refused_and_of_one_is_not(entry):
+    extrinsics, intrinsics = quarter_turn_camera()
+    intrinsics[entry] = 1
+    assert np.isfinite(unproject(np.ones((2, 2)), extrinsics, intrinsics)).all()
+    intrinsics[entry] = 0
+    with pytest.raises(InputError) as error:
+        unproject(np.ones((2, 2)), extrinsics, intrinsics)
+    assert str(error.value) == "intrinsics have a focal length of 0; pass focal lengths in pixels"
+
+
+def test_cameras_that_do_not_fit_are_told_with_both_shapes():
+    extrinsics, intrinsics = quarter_turn_camera()
+    with pytest.raises(InputError) as error:
+        unproject(np.ones((4, 4)), np.stack([extrinsics] * 2), intrinsics)
+    assert str(error.value) == (
+        "intrinsics (3, 3) do not fit extrinsics (2, 3, 4); pass (..., 3, 3) and (..., 3, 4) with the same leading axes"
+    )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from moe3d_deploy import __version__
+from moe3d_deploy.child import is_out_of_memory
 from moe3d_deploy.cli.notices import warnings_as_lines
 from moe3d_deploy.errors import EXTRA_OF, MissingExtraError, Moe3dError
 
@@ -41,7 +42,7 @@ COMMANDS: dict[str, Entry] = {
         "moe3d_deploy.cli.export:export_command",
         "Export a preset, checkpoint or bundle to a verified bundle",
     ),
-    "run": Entry("moe3d_deploy.cli.run:run_command", "Run a bundle on images or folders of them"),
+    "run": Entry("moe3d_deploy.cli.run:run_command", "Run a bundle on images, folders of them or a video"),
     "inspect": Entry(
         "moe3d_deploy.cli.inspect:inspect_command",
         "Show what is in BUNDLE, after checking that it is whole",
@@ -49,6 +50,14 @@ COMMANDS: dict[str, Entry] = {
     "convert": Entry(
         "moe3d_deploy.cli.convert:convert_command",
         "Convert a checkpoint to a folder of config.json and model.safetensors",
+    ),
+    "plan": Entry(
+        "moe3d_deploy.cli.plan:plan_command",
+        "Say what SOURCE, a preset, checkpoint folder or bundle, will cost",
+    ),
+    "doctor": Entry(
+        "moe3d_deploy.cli.doctor:doctor_command",
+        "Say what this machine can run, and what to do about the rest",
     ),
 }
 
@@ -112,6 +121,8 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
     for number in (signal.SIGTERM, signal.SIGHUP):  # else they end the process with its temporary files still there
         if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _terminate)
+    # ONNX Runtime's releases from 1.31 on report to their makers, and leave a file in TMPDIR, unless told not to.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         with warnings_as_lines():
             result = load().main(arguments, prog_name=name, standalone_mode=False)
@@ -125,6 +136,7 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
         click.echo(f"{name}: {' '.join(error.format_message().split())} (see {name} --help)", err=True)
         return error.exit_code
     except (Exception, KeyboardInterrupt, _TerminatedError) as error:  # noqa: BLE001  the program ends here, and says why
+        _end_quietly(for_good=args is None)
         _abandon_stdout()
         # click hides an interrupt, and an EOFError of whatever origin, behind Abort
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
@@ -145,6 +157,17 @@ def _terminate(number: int, frame: Any) -> None:
     raise _TerminatedError(number)
 
 
+def _end_quietly(for_good: bool) -> None:
+    """Let a second, impatient signal end the process at once, without the traceback of an error within an error.
+
+    By now everything is cleaned up; only a line is to be written. Not for a caller whose process goes on.
+    """
+    if for_good and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
 def _describe(error: BaseException) -> tuple[str, int]:
     """The message for `error` and the exit code that goes with it."""
     if isinstance(error, Moe3dError):
@@ -157,8 +180,8 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return "aborted", 1
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
         return str(MissingExtraError(error.name, EXTRA_OF[error.name])), MissingExtraError.exit_code
-    if isinstance(error, MemoryError):
-        detail = f" ({error})" if str(error) else ""
+    if is_out_of_memory(type(error).__name__, str(error), getattr(error, "errno", None)):
+        detail = f" ({error})" if isinstance(error, MemoryError) and str(error) else ""
         return f"out of memory{detail}; use fewer views, smaller images or a machine with more memory", 1
     if isinstance(error, OSError) and error.strerror:
         names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]

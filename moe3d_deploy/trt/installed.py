@@ -1,6 +1,5 @@
 """Which builders are installed, which GPUs are there, and loading a builder's library with Polygraphy over it."""
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -8,10 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe3d_deploy.cuda_driver import Capability, compute_capabilities
 from moe3d_deploy.errors import EngineError, InputError, MissingExtraError
 from moe3d_deploy.trt.watch import one_line
-
-Capability = tuple[int, int]
 
 RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
 """What a TensorRT-RTX engine is built for unless told otherwise, whatever GPU the building machine has."""
@@ -52,21 +50,7 @@ def require(builder: str) -> None:
 
 def visible_gpus() -> list[Capability]:
     """The compute capability of every CUDA device this process sees; empty without a driver or a device."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count, found = ctypes.c_int(), []
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    for index in range(count.value):
-        device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        status = driver.cuDeviceGet(ctypes.byref(device), index)
-        for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*, cuda.h
-            status = status or driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        if not status:
-            found.append((major.value, minor.value))
-    return found
+    return compute_capabilities()
 
 
 def load(builder: str) -> Any:

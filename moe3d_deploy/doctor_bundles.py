@@ -1,0 +1,150 @@
+"""What of a bundle can run on this machine, and why the rest cannot: the ONNX file and each engine.
+
+Told from the manifest, the files' sizes and what `doctor` has found; no model is loaded. All reasons are told, so that
+one remedy does not lead to the next refusal.
+"""
+
+import importlib.util
+from typing import Any
+
+from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.errors import EXTRA_OF, BundleError
+from moe3d_deploy.manifest import EngineRecord, Manifest
+from moe3d_deploy.trt import RTX_CAPABILITIES, title
+
+Reasons = list[tuple[str, str]]  # why not, and what to do
+
+_RTX = [f"{major}.{minor}" for major, minor in RTX_CAPABILITIES]
+
+
+def examine_bundle(path: str, libraries: dict[str, Any], cuda: dict[str, Any], available_bytes: int) -> dict[str, Any]:
+    """Check names and sizes of the bundle at `path` and say what of it can run.
+
+    libraries, cuda    as in `doctor.examine`
+    available_bytes    memory that can be had now
+
+    Returns the keys that docs/doctor.md lists, and `problems`; of a bundle with a `fault` nothing else is told.
+    """
+    try:
+        bundle = Bundle.open(path, verify="sizes", engines=False)
+        faults = bundle.engine_faults("sizes")
+    except BundleError as error:
+        what, _, remedy = str(error).rpartition("; ")  # as all errors of this project are built
+        problem = {"level": "error", "problem": what, "remedy": remedy}
+        return {"path": path, "fault": str(error), "model": None, "engines": [], "problems": [problem]}
+    manifest = bundle.manifest
+    onnxruntime = libraries["onnxruntime"]
+    cautions = _memory_cautions(path, _model_bytes(manifest), {"this machine": available_bytes})
+    model = _verdict(manifest.model_file, _model_reasons(manifest, onnxruntime), cautions)
+    engines = []
+    for engine in manifest.engines:
+        reasons = _engine_reasons(engine, path, faults.get(engine.file), libraries, cuda)
+        memory = {f"the GPU {gpu['name']}": gpu["memory_bytes"] for gpu in cuda["gpus"]}
+        cautions = [] if reasons else _memory_cautions(path, manifest.files[engine.file].size, memory)
+        engines.append(_engine_facts(engine) | _verdict(engine.file, reasons, cautions))
+    problems = [_problem(path, model, reason, "warning") for reason in model["reasons"]]
+    for part in engines:
+        # an engine for another machine is nothing wrong with this one
+        level = "error" if part["file"] in faults else "note"
+        problems += [_problem(path, part, reason, level) for reason in part["reasons"]]
+    problems += [_problem(path, part, reason, "note") for part in (model, *engines) for reason in part["cautions"]]
+    return {
+        "path": path,
+        "fault": None,
+        "damaged_engines": sorted(faults),
+        "name": manifest.name,
+        "precision": manifest.precision,
+        "input": manifest.inputs[0].dtype,
+        "weight_bytes": _model_bytes(manifest),
+        "model": model,
+        "engines": engines,
+        "problems": problems,
+    }
+
+
+def _verdict(file: str, reasons: Reasons, cautions: Reasons) -> dict[str, Any]:
+    lists = {"reasons": reasons, "cautions": cautions}
+    shown = {key: [{"why": why, "remedy": remedy} for why, remedy in pairs] for key, pairs in lists.items()}
+    return {"file": file, "runs": not reasons, **shown}
+
+
+def _problem(path: str, part: dict[str, Any], reason: dict[str, str], level: str) -> dict[str, str]:
+    said = "may not run here" if reason in part["cautions"] else "does not run here"
+    return {"level": level, "problem": f"{path}/{part['file']} {said}: {reason['why']}", "remedy": reason["remedy"]}
+
+
+def _engine_facts(engine: EngineRecord) -> dict[str, Any]:
+    capabilities = [f"{value // 10}.{value % 10}" for value in engine.compute_capabilities]
+    return {
+        "builder": engine.builder,
+        "builder_version": engine.builder_version,
+        "compute_capabilities": capabilities,
+    }
+
+
+def _model_bytes(manifest: Manifest) -> int:
+    """The ONNX file with its weights."""
+    engines = {engine.file for engine in manifest.engines}
+    return sum(entry.size for name, entry in manifest.files.items() if name not in engines)
+
+
+def _model_reasons(manifest: Manifest, onnxruntime: dict[str, Any]) -> Reasons:
+    reasons: Reasons = []
+    if not onnxruntime["installed"]:
+        reasons.append(("ONNX Runtime is not installed", "pip install 'moe3d-deploy[cpu]'"))
+    elif onnxruntime["fault"]:
+        remedy = "pip install --force-reinstall 'moe3d-deploy[cpu]'"
+        reasons.append((f"ONNX Runtime {onnxruntime['fault']}", remedy))
+    elif "CPUExecutionProvider" not in onnxruntime["providers"]:
+        reasons.append(("this ONNX Runtime has no CPU provider", "pip install 'moe3d-deploy[cpu]'"))
+    if manifest.only_in_tensorrt:
+        # No MatMul, Add, Softmax, Gelu or Conv in bf16 (ONNX Runtime 1.31).
+        remedy = "export with --precision fp32 or fp16 to run it here"
+        reasons.append(("ONNX Runtime computes no bf16 on a CPU", remedy))
+    return reasons
+
+
+def _memory_cautions(path: str, needed: int, available: dict[str, int]) -> Reasons:
+    """Weights that are larger than the memory. No refusal: mapped files can be dropped and read again, slowly."""
+    if not available or needed <= max(available.values()):
+        return []
+    place = max(available, key=lambda name: available[name])
+    text = f"its weights alone take {needed / 1e9:.2f} GB, {place} has {available[place] / 1e9:.2f} GB for them"
+    return [(text, f"free some memory, or see what fits: moe3d plan {path}")]
+
+
+def _engine_reasons(
+    engine: EngineRecord, path: str, fault: str | None, libraries: dict[str, Any], cuda: dict[str, Any]
+) -> Reasons:
+    name, module = title(engine.builder), engine.builder.replace("-", "_")
+    extra, library = EXTRA_OF[module], libraries[module]
+    rebuild = f"moe3d-export {path} --builder {engine.builder}"
+    reasons: Reasons = []
+    if fault:
+        reasons.append((fault, rebuild))
+    if not library["installed"] or importlib.util.find_spec("polygraphy") is None:
+        missing = "Polygraphy" if library["installed"] else name
+        reasons.append((f"{missing} is not installed", f"pip install 'moe3d-deploy[{extra}]'"))
+    elif library["fault"]:
+        reasons.append((f"{name} {library['fault']}", f"pip install --force-reinstall 'moe3d-deploy[{extra}]'"))
+    if library["version"] not in (None, engine.builder_version):
+        reasons.append((f"built by {name} {engine.builder_version}, here is {library['version']}", rebuild))
+    if engine.plugin is not None:
+        # An engine's plugin library is never part of a bundle, and no plugin is registered by this version.
+        reasons.append(("it needs a plugin library, and this version registers none", rebuild))
+    return [*reasons, *_gpu_reasons(engine, path, cuda)]
+
+
+def _gpu_reasons(engine: EngineRecord, path: str, cuda: dict[str, Any]) -> Reasons:
+    if not cuda["gpus"]:
+        why = {"absent": "there is no CUDA driver", "faulty": f"the CUDA driver {cuda['fault']}"}
+        text = why.get(cuda["driver"], "the CUDA driver shows this process no GPU")
+        return [(text, "run engines on a machine with an NVIDIA GPU; the ONNX file needs none")]
+    built_for = _engine_facts(engine)["compute_capabilities"]
+    here = sorted({gpu["compute_capability"] for gpu in cuda["gpus"]})
+    if set(built_for).intersection(here):
+        return []
+    # TensorRT-RTX builds for its own list, TensorRT for the GPU that it finds
+    builder = "tensorrt-rtx" if set(here).intersection(_RTX) else "tensorrt"
+    text = f"built for compute capability {', '.join(built_for)}, the GPUs here have {', '.join(here)}"
+    return [(text, f"moe3d-export {path} --builder {builder}")]
