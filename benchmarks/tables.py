@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants
+from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import InputError
 
@@ -91,6 +93,13 @@ def _machine(report: dict[str, Any]) -> str:
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "export_costs": export_costs,
     "export_transcript": export_transcript,
+    "survival_matrix": survival_matrix,
+    "survival_kills": survival_kills,
+    "survival_fuzz": survival_fuzz,
+    "activation_memory": lambda report: f"{activation_memory.table(report)}\n\n{_machine(report)}",
+    "coverage": lambda report: f"{coverage_report.table(report)}\n\n{_machine(report)}",
+    "mutation": lambda report: f"{mutants.table(report)}\n\n{_machine(report)}",
+    "equivalents": mutants.equivalents_table,
 }
 
 

@@ -6,6 +6,7 @@ JSON-able dict.
 """
 
 import ctypes
+import errno
 import importlib
 import json
 import os
@@ -101,17 +102,25 @@ class ChildTraceback(Exception):
 def _error(title: str, error: dict[str, Any], failure: type[Moe3dError]) -> Exception:
     """The exception of the parent for what the child's _describe says of its own."""
     name, message = error["kind"], error["message"]
+    if is_out_of_memory(name, message, error.get("errno")):
+        return failure(f"{title} ran out of memory; free some, or use a machine with more")
     if name == OSError.__name__:
         return OSError(error["errno"], *filter(None, (message, error["filename"])))
     kind = getattr(errors, name, None)
     if kind:
         return kind.__new__(kind, message)  # the message is complete: no class's own wording again
-    if name in _OUT_OF_MEMORY or "alloc_cpu.cpp" in message:
-        return failure(f"{title} ran out of memory; free some, or use a machine with more")
     return failure(f"{title} failed: {name}: {' '.join(message.split())}" if message else f"{title} failed: {name}")
 
 
-_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # Python's own and torch's
+def is_out_of_memory(kind: str, message: str, number: int | None = None) -> bool:
+    """Whether an exception (its class, message and errno) says that memory ran out.
+
+    Libraries say so in their own ways: torch's allocator, C++, and the loader of a library that cannot be mapped.
+    """
+    if kind in ("MemoryError", "OutOfMemoryError") or number == errno.ENOMEM:
+        return True
+    signs = ("alloc_cpu.cpp", "std::bad_alloc", "failed to map segment", "Cannot allocate memory")
+    return kind in ("RuntimeError", "ImportError") and any(sign in message for sign in signs)
 
 
 def _converse(child: "subprocess.Popen[str]", request: dict[str, Any], on_event: Emit | None) -> dict[str, Any] | None:
@@ -149,6 +158,8 @@ def _death_notice(title: str, code: int, log: IO[bytes]) -> str:
     lines = [line for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     if code == -signal.SIGKILL:
         return f"{title} was killed; the machine probably ran out of memory (see `dmesg`): free some and try again"
+    if any("std::bad_alloc" in line for line in lines):  # a library that ends the process by itself
+        return f"{title} ran out of memory; free some, or use a machine with more"
     return f"{title} ended with code {code}: {lines[-1] if lines else 'no message'}"
 
 

@@ -4,6 +4,7 @@ A file is written beside its final name, synced to the disk and renamed. Errors 
 no permission) pass through as OSError.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}(\.[^.]*)?", re.DOTALL)
 
@@ -38,7 +40,8 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
     """Give a temporary path in the folder of `final` to write to, and rename it to `final` when the block ends.
 
     The temporary name is `.<stem>.partial-<8 hex digits><suffix>`: hidden, recognisable, and of the same suffix, for
-    writers that look at it. When the block raises, the temporary file is removed and `final` stays as it was.
+    writers that look at it. When the block raises, the temporary file is removed and `final` stays as it was; an
+    OSError that says that the disk is full gets its name.
     Raises FileNotFoundError when the block has written nothing.
     """
     final = Path(final)
@@ -50,6 +53,10 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
         sync(temp)
         os.replace(temp, final)
         sync(final.parent)
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:  # a failed write does not say of which file
+            error.filename = str(final)
+        raise
     finally:
         temp.unlink(missing_ok=True)
 

@@ -140,6 +140,7 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
         _abandon_stdout()
         # click hides an interrupt, and an EOFError of whatever origin, behind Abort
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+        cause = _signal_behind(cause) or cause
         if isinstance(cause, BrokenPipeError):  # `moe3d inspect bundle | head`: nobody reads on
             return 1
         if "--debug" in arguments:
@@ -166,6 +167,16 @@ def _end_quietly(for_good: bool) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def _signal_behind(error: BaseException | None) -> BaseException | None:
+    """The signal that came while a library was being loaded, of which the library has made an ImportError."""
+    while error is not None:
+        inner = error.__cause__ or error.__context__
+        if isinstance(error, ImportError) and isinstance(inner, (KeyboardInterrupt, _TerminatedError)):
+            return inner
+        error = inner
+    return None
 
 
 def _describe(error: BaseException) -> tuple[str, int]:
