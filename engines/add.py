@@ -34,10 +34,10 @@ def add_built_engine(
     An engine that fails its audit does not enter the bundle; the record's audit has a line for people, `summary`.
     The bundle stays valid whatever happens. Raises InputError, MissingExtraError, EngineError or BundleError.
     """
-    builder = resolve_builder(builder)
-    capabilities = trt.target_capabilities(builder, compute_capabilities)
     now = Bundle.open(bundle.path, verify="sizes", engines=False).manifest
     expected(now)  # a precision that no audit knows is refused before the build
+    builder = resolve_builder(builder, opset=now.opset, precision=now.precision)
+    capabilities = trt.target_capabilities(builder, compute_capabilities)
     planned = _plan(now, builder, capabilities, shapes)
 
     def write(path: Path, manifest: Manifest) -> EngineRecord:

@@ -4,6 +4,7 @@ Nothing is executed: the network that the builder parsed and the layers it compi
 sizes and the precision policy give. A builder makes a float32 engine of a float32 graph without a word.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,17 @@ from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import Manifest
 from moe3d_deploy.trt import NetworkFacts
 
-_HALF_TRUNK = ("fp16", "fp16-fp32heads")
-_PRECISIONS = ("fp32", *_HALF_TRUNK)
+# Types of the trunk's matrix products and attention, of the patch convolution, and of the dense heads' convolutions.
+_TYPES = {
+    "fp32": ("fp32", "fp32", "fp32"),
+    "fp16": ("fp16", "fp16", "fp16"),
+    "fp16-fp32heads": ("fp16", "fp16", "fp32"),
+    "bf16": ("bf16", "fp32", "fp32"),
+    "bf16-fp16heads": ("bf16", "fp32", "fp16"),
+}
 
-_PRODUCTS_OF_A_BLOCK = 6  # qkv, proj, fc1, fc2, and attention's two
+_LINEAR_OF_A_BLOCK = 4  # qkv, proj, fc1, fc2; attention's own two come with them unless it is one operator
+_ATTENTION_OPSET = 23  # from here on it is
 # Of a dense head up to its full-resolution features: 4 projections, 3 resizings (2 of them transposed), 4 to the common
 # width, 3 fusions of 5 and the coarsest of 3, 1 output.
 _CONVOLUTIONS_OF_A_HEAD = 4 + 3 + 4 + 3 * 5 + 3 + 1
@@ -25,13 +33,17 @@ class Expected:
     """What the sizes of a model and its precision give.
 
     blocks         transformer blocks of encoder and aggregator, each with one attention
-    half_products  matrix products in fp16; the others (camera head, position embedding, expert mix) are fp32
+    trunk          type of their matrix products and attention: fp32, fp16 or bf16
+    products       matrix products in that type; the others (camera head, position embedding, expert mix) are fp32
+    attentions     type -> count of attention operators; empty where attention is plain products
     convolutions   type -> count, transposed ones included
     expert_mix     nodes of moe3d::ExpertMix
     """
 
     blocks: int
-    half_products: int
+    trunk: str
+    products: int
+    attentions: dict[str, int]
     convolutions: dict[str, int]
     expert_mix: int
 
@@ -39,20 +51,22 @@ class Expected:
 def expected(manifest: Manifest) -> Expected:
     """What an engine of this bundle has to hold. Raises EngineError for a precision without a known policy."""
     config, precision = manifest.config, manifest.precision
-    if precision not in _PRECISIONS:
-        known = ", ".join(_PRECISIONS)
+    if precision not in _TYPES:
+        known = ", ".join(_TYPES)
         raise EngineError(f"{manifest.name}: no audit knows precision {precision!r}; export with one of {known}")
     blocks = config.vit.depth + 2 * config.aggregator.depth  # the aggregator's come in pairs
     wide, last = _branches(manifest)
     dense = (1 + _has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD + wide
-    convolutions = {
-        "fp32": {"fp16": 0, "fp32": 1 + dense + last},
-        "fp16": {"fp16": 1 + dense, "fp32": last},
-        "fp16-fp32heads": {"fp16": 1, "fp32": dense + last},
-    }[precision]
+    trunk, patch, heads = _TYPES[precision]
+    as_operator = manifest.opset >= _ATTENTION_OPSET
+    convolutions: Counter[str] = Counter()
+    for dtype, count in ((patch, 1), (heads, dense), ("fp32", last)):
+        convolutions[dtype] += count
     return Expected(
         blocks=blocks,
-        half_products=blocks * _PRODUCTS_OF_A_BLOCK if precision in _HALF_TRUNK else 0,
+        trunk=trunk,
+        products=blocks * (_LINEAR_OF_A_BLOCK + (0 if as_operator else 2)),
+        attentions={trunk: blocks} if as_operator else {},
         convolutions={dtype: count for dtype, count in convolutions.items() if count},
         expert_mix=int(manifest.merged_experts),
     )
@@ -88,10 +102,9 @@ def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
             "cannot be audited; build it again with one version of moe3d-deploy"
         ) from error
     unfused = fused == 0
-    main = "fp16" if want.half_products else "fp32"
     parts = (
-        f"{main} matmuls {_share(network.matmul, main)}",
-        f"convolutions {_share(network.convolution, main)}",
+        f"{want.trunk} matmuls {_share(network.matmul, want.trunk)}",
+        _convolutions(network.convolution, want),
         _mix(network),
         "attention fusion not told" if fused is None else f"attention fused {fused} of {want.blocks}",
         "executed" if figures["executed"] else "not executed",
@@ -106,6 +119,7 @@ def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         "notes": ["attention is not fused: its memory grows with the square of the tokens"] if unfused else [],
         "strongly_typed": network.strongly_typed,
         "matmuls": network.matmul,
+        "attention_operators": network.attention,
         "convolutions": network.convolution,
         "attentions": want.blocks,
         "fused_attention": fused,
@@ -131,13 +145,17 @@ def _type_faults(network: NetworkFacts, want: Expected, precision: str) -> list[
     faults = []
     if network.strongly_typed is not True:
         faults.append("its network is not strongly typed, so the builder chose the types: use TensorRT 10.3 or newer")
-    products, least = network.matmul, want.blocks * _PRODUCTS_OF_A_BLOCK
-    half, total = products.get("fp16", 0), sum(products.values())
-    if half != want.half_products or total < least or set(products) - {"fp16", "fp32"}:
-        asked = (
-            f"{want.half_products} fp16 matmuls and the others" if want.half_products else f"{least} or more matmuls"
-        )
+    products, sixteen_bit = network.matmul, want.trunk != "fp32"
+    of_trunk = products.get(want.trunk, 0)
+    fits = of_trunk == want.products if sixteen_bit else of_trunk >= want.products
+    if not fits or set(products) - {want.trunk, "fp32"}:
+        asked = f"{want.products} {want.trunk} matmuls and the others"
+        if not sixteen_bit:
+            asked = f"{want.products} or more matmuls"
         faults.append(f"{precision} asks for {asked} in fp32, the network has {_counts(products)}: {_EXPORT_AGAIN}")
+    if network.attention != want.attentions:
+        asked, found = _counts(want.attentions), _counts(network.attention)
+        faults.append(f"{precision} asks for {asked} attention operators, the network has {found}: {_EXPORT_AGAIN}")
     if network.convolution != want.convolutions:
         asked, found = _counts(want.convolutions), _counts(network.convolution)
         faults.append(f"{precision} asks for {asked} convolutions, the network has {found}: {_EXPORT_AGAIN}")
@@ -169,12 +187,20 @@ def _mix_faults(network: NetworkFacts, want: Expected) -> list[str]:
 
 def _attention_faults(fused: int | None, want: Expected) -> list[str]:
     """TensorRT-RTX never fuses float32 attention: a note, no fault."""
-    if fused is None or not want.half_products or fused == want.blocks:
+    if fused is None or want.trunk == "fp32" or fused == want.blocks:
         return []
     return [
         f"{want.blocks} attentions are to be fused, the compiled engine has {fused}, and the others' memory grows with "
         "the square of the tokens: build with another version (TensorRT-RTX 1.7.1 fuses all)"
     ]
+
+
+def _convolutions(found: dict[str, int], want: Expected) -> str:
+    """How many are in the trunk's type; where none is to be (bf16), in the type of most, which is then named."""
+    if want.trunk in want.convolutions:
+        return f"convolutions {_share(found, want.trunk)}"
+    main = max(want.convolutions, key=lambda dtype: want.convolutions[dtype])
+    return f"{main} convolutions {_share(found, main)}"
 
 
 def _share(counts: dict[str, int], dtype: str) -> str:

@@ -22,6 +22,8 @@ from moe3d_deploy.machine import cpu_name
 
 REPEAT_SECONDS = 1.0  # the last progress is told again this often, so that a long step shows life
 _THROTTLE_SECONDS = 0.05
+_ATTENTION_OPSET = 23  # the first with attention as an operator ...
+_ATTENTION_TENSORRT = (10, 14)  # ... and the TensorRT that knows it first
 _DTYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16"}
 
 
@@ -93,14 +95,22 @@ def build(
     return record
 
 
-def resolve_builder(builder: str = "auto") -> str:
+def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = "fp16") -> str:
     """The builder to use: `auto` is tensorrt where it is installed and sees a GPU, else tensorrt-rtx.
 
-    Raises InputError for a builder that does not exist, MissingExtraError or EngineError where none can be used.
+    opset, precision   of the ONNX file: a TensorRT that does not know the opset is not taken
+
+    Raises InputError for a builder that does not exist, MissingExtraError or EngineError where none can be used or
+    where none builds such a file.
     """
+    if opset >= _ATTENTION_OPSET and precision == "fp32":
+        raise InputError(
+            f"opset {opset} has attention as one operator, and in float32 TensorRT has no kernel for that: export with "
+            "--opset 20 or a 16-bit --precision"
+        )
     if builder == "auto":
         installed = trt.available()
-        if "tensorrt" in installed and trt.visible_gpus():
+        if "tensorrt" in installed and trt.visible_gpus() and _knows(installed["tensorrt"], opset):
             builder = "tensorrt"
         elif "tensorrt-rtx" in installed:
             builder = "tensorrt-rtx"
@@ -108,7 +118,17 @@ def resolve_builder(builder: str = "auto") -> str:
             reason = "TensorRT is installed but sees no GPU" if installed else "TensorRT is not installed"
             raise EngineError(f"{reason}; build without a GPU with TensorRT-RTX: pip install 'moe3d-deploy[rtx]'")
     trt.require(builder)
+    if builder == "tensorrt" and not _knows(version := trt.available()[builder], opset):
+        needed = ".".join(map(str, _ATTENTION_TENSORRT))
+        raise EngineError(
+            f"TensorRT {version} does not know opset {opset}, whose attention operator came with {needed}: update it, "
+            "or export with --opset 20"
+        )
     return builder
+
+
+def _knows(version: str, opset: int) -> bool:
+    return opset < _ATTENTION_OPSET or tuple(map(int, version.split(".")[:2])) >= _ATTENTION_TENSORRT
 
 
 def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:

@@ -6,10 +6,17 @@ from moe3d_deploy.config import ModelConfig
 
 MODEL_FILE = "model.onnx"
 OPSET = 20  # in the operator table of TensorRT 10.3; the first with Gelu
+ATTENTION_OPSET = 23  # the first with an operator for attention
+OPSETS = (OPSET, ATTENTION_OPSET)
 
 DEFAULT_OUTPUTS = ("depth", "depth_conf", "extrinsics", "intrinsics")
 
 _B, _S, _H, _W = "B", "S", "H", "W"
+
+INPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
+    "float32": ((_B, _S, 3, _H, _W), "RGB in [0, 1]; H and W multiples of the patch size"),
+    "uint8": ((_B, _S, _H, _W, 3), "RGB in 0..255; H and W multiples of the patch size"),
+}
 
 OUTPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
     "depth": ((_B, _S, _H, _W), "along the optical axis, up to the scene's scale (not metres)"),
@@ -26,6 +33,11 @@ OUTPUTS: dict[str, tuple[tuple[str | int, ...], str]] = {
 }
 
 OPTIONAL_OUTPUTS = tuple(name for name in OUTPUTS if name not in DEFAULT_OUTPUTS)
+
+
+def layout(input_type: str) -> str:
+    """The order of the axes of `images`, such as BS3HW."""
+    return "".join(map(str, INPUTS[input_type][0]))
 
 
 def output_names(requested: Sequence[str]) -> tuple[str, ...]:

@@ -27,13 +27,14 @@ _PRODUCTS = {
 class SixteenBitRun(TorchDispatchMode):
     """While active, rounds products as described and keeps the largest |x| per 16-bit tensor of `model`.
 
-    `largest` maps "module path: operation" to that value; a non-finite result is recorded as inf. An operation of no
-    submodule is named "after module path", the one that ended last.
+    `largest` maps "module path: operation" to that value, `shares` to its share of the tensor's type; a non-finite
+    result is recorded as inf. An operation of no submodule is named "after module path", the one that ended last.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.largest: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self._model = model
         self._path: list[str] = []
         self._ended = ""
@@ -70,6 +71,7 @@ class SixteenBitRun(TorchDispatchMode):
         if not largest < float("inf"):  # inf or nan
             largest = float("inf")
         self.largest[key] = max(largest, self.largest.get(key, 0.0))
+        self.shares[key] = max(largest / torch.finfo(tensor.dtype).max, self.shares.get(key, 0.0))
 
     def _leave(self) -> None:
         self._ended = self._path.pop()

@@ -5,8 +5,8 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,25 @@ from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import ExportError, InputError, require
 from moe3d_deploy.export import verify
 from moe3d_deploy.export.compare import Limits
-from moe3d_deploy.export.contract import MODEL_FILE, OPSET, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
+from moe3d_deploy.export.contract import (
+    INPUTS,
+    MODEL_FILE,
+    OPSET,
+    OPSETS,
+    OPTIONAL_OUTPUTS,
+    OUTPUTS,
+    layout,
+    output_names,
+    output_shapes,
+)
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
 from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, ShapeRanges, Tensor, Verification
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute, round, bundle.
+"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute (or twin), round, bundle.
 
 The last event of a stage has its "cost" as well: seconds and peak_bytes.
 """
@@ -32,17 +43,32 @@ The last event of a stage has its "cost" as well: seconds and peak_bytes.
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """merge: deploy the experts as one convolution and `moe3d::ExpertMix`; outputs: names beyond the default four."""
+    """What a file is to be.
+
+    merge    deploy the experts as one convolution and `moe3d::ExpertMix`
+    outputs  names beyond the default four
+    opset    one of OPSETS; the later one has attention as an operator
+    input    type of the images: float32, or uint8 with the channels last
+    static   the axes that the file fixes
+    shapes   what is verified, as far as `static` lets it
+    """
 
     policy: PrecisionPolicy = PrecisionPolicy("fp16")
     merge: bool = True
     outputs: tuple[str, ...] = ()
     verify: bool = True
     shapes: tuple[Shape, ...] = SHAPES_IN_PATCHES
+    opset: int = OPSET
+    input: str = "float32"
+    static: StaticShape = StaticShape()
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.outputs if name not in OUTPUTS]:
             raise InputError(f"output {unknown[0]!r} cannot be exported; choose from {', '.join(OPTIONAL_OUTPUTS)}")
+        if self.opset not in OPSETS:
+            raise InputError(f"opset {self.opset} cannot be exported; choose from {', '.join(map(str, OPSETS))}")
+        if self.input not in INPUTS:
+            raise InputError(f"input {self.input!r} cannot be exported; choose from {', '.join(INPUTS)}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,9 @@ def export_bundle(
             "policy": asdict(options.policy),
             "merge": options.merge,
             "outputs": list(options.outputs),
+            "opset": options.opset,
+            "input": options.input,
+            "static": asdict(options.static),
             "folder": str(writer.folder),
         }
         facts = run("export", f"{__name__}:export_stage", request, len(EXPORT_PHASES)).value
@@ -115,28 +144,28 @@ def _verify(
 ) -> Verification:
     precision = options.policy.precision
     names = list(output_names(options.outputs))
+    shapes = options.static.verified(options.shapes, config.patch_size)
     request = {
         **request,
         "folder": str(folder),
         "model": str(model),
         "names": names,
         "outputs": [name for name in names if name in OPTIONAL_OUTPUTS],
-        "shapes": [list(shape) for shape in options.shapes],
+        "shapes": [list(shape) for shape in shapes],
         "patch_size": config.patch_size,
     }
-    stage_of = {"reference": "reference", "execute": "executed"} | (
-        {"round": "rounded"} if options.policy.sixteen_bit else {}
-    )
+    stage_of = {"reference": "reference"}
+    stage_of |= {"twin": "twin"} if options.policy.bfloat16 else {"execute": "executed"}
+    stage_of |= {"round": "rounded"} if options.policy.sixteen_bit else {}
     results = {
-        stage: run(stage, f"{verify.__name__}:{function}", request, len(options.shapes))
-        for stage, function in stage_of.items()
+        stage: run(stage, f"{verify.__name__}:{function}", request, len(shapes)) for stage, function in stage_of.items()
     }
     kinds = [function for function in stage_of.values() if function != "reference"]
     headroom = {}
     if "round" in results:  # before the errors: an overflow explains them
         headroom = verify.headroom_report(results["round"].value["shares"], precision)
-    cases = verify.check(folder, options.shapes, names, kinds, precision)
-    return Verification("passed", Limits.of(precision).errors, tuple(cases), headroom)
+    cases = verify.check(folder, shapes, names, kinds, precision)
+    return Verification("passed", verify.limits_report(precision, kinds), tuple(cases), headroom)
 
 
 EXPORT_PHASES = ("load", "trace", "translate", "write", "check")
@@ -157,6 +186,8 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     policy = PrecisionPolicy(**request["policy"])
     opened = source.open()
     check_outputs(opened.config, request["outputs"])
+    static = StaticShape(**request["static"])
+    static.check(opened.config.patch_size)
     model = source.load(policy, request["outputs"])
     facts = {
         "name": opened.name,
@@ -170,15 +201,25 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "moe3d.model_config": json.dumps(facts["config"], sort_keys=True),
         "moe3d.checkpoint": json.dumps(facts["checkpoint"], sort_keys=True),
         "moe3d.tensors": json.dumps(
-            {t.name: t.meaning for t in (*_inputs(), *_outputs(request["outputs"], model.config))}, sort_keys=True
+            {
+                t.name: t.meaning
+                for t in (*_inputs(request["input"], static), *_outputs(request["outputs"], model.config, static))
+            },
+            sort_keys=True,
         ),
-        "moe3d.preprocessing": json.dumps(asdict(Preprocessing.of(model.config)), sort_keys=True),
+        "moe3d.preprocessing": json.dumps(
+            asdict(_preprocessing(model.config, request["input"], static)), sort_keys=True
+        ),
+        "moe3d.shape_ranges": json.dumps(asdict(static.ranges(ShapeRanges.of(model.config))), sort_keys=True),
     }
     export_onnx(
         model,
         Path(request["folder"]),
         merge=request["merge"],
         outputs=request["outputs"],
+        opset=request["opset"],
+        input_type=request["input"],
+        static=static,
         metadata=metadata,
         progress=phase,
     )
@@ -197,22 +238,29 @@ def _manifest(
         created_by=versions,
         model_config=facts["config"],
         checkpoint=Checkpoint(**facts["checkpoint"]),
-        preprocessing=Preprocessing.of(config),
-        inputs=_inputs(),
-        outputs=_outputs(options.outputs, config),
+        preprocessing=_preprocessing(config, options.input, options.static),
+        inputs=_inputs(options.input, options.static),
+        outputs=_outputs(options.outputs, config, options.static),
         precision=options.policy.precision,
-        opset=OPSET,
-        shape_ranges=ShapeRanges.of(config),
+        opset=options.opset,
+        shape_ranges=options.static.ranges(ShapeRanges.of(config)),
         merged_experts=options.merge and config.moe is not None,
         verification=verification,
     )
 
 
-def _inputs() -> tuple[Tensor, ...]:
-    return (Tensor("images", "float32", ("B", "S", 3, "H", "W"), "RGB in [0, 1]; H and W multiples of the patch size"),)
+def _preprocessing(config: ModelConfig, input_type: str, static: StaticShape) -> Preprocessing:
+    return static.preprocessing(replace(Preprocessing.of(config), layout=layout(input_type)))
 
 
-def _outputs(requested: "tuple[str, ...] | list[str]", config: ModelConfig) -> tuple[Tensor, ...]:
+def _inputs(input_type: str, static: StaticShape) -> tuple[Tensor, ...]:
+    shape, meaning = INPUTS[input_type]
+    return (Tensor("images", input_type, static.bind(shape), meaning),)
+
+
+def _outputs(requested: Sequence[str], config: ModelConfig, static: StaticShape) -> tuple[Tensor, ...]:
     names = output_names(requested)
     shapes = output_shapes(names, config)
-    return tuple(Tensor(name, "float32", shape, OUTPUTS[name][1]) for name, shape in zip(names, shapes, strict=True))
+    return tuple(
+        Tensor(name, "float32", static.bind(shape), OUTPUTS[name][1]) for name, shape in zip(names, shapes, strict=True)
+    )

@@ -10,9 +10,20 @@ from moe3d_deploy.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-PRECISIONS = ("fp32", "fp16", "fp16-fp32heads")
+# Types of the matrix products of encoder and aggregator, of the patch convolution, and of the dense heads'
+# convolutions. The patch convolution of a bf16 trunk is float32: ONNX's Conv takes bfloat16 only from opset 22 on, and
+# its share of the work is small. The heads are never bf16: TensorRT-RTX builds no transposed convolution in it.
+_TYPES = {
+    "fp32": ("float32", "float32", "float32"),
+    "fp16": ("float16", "float16", "float16"),
+    "fp16-fp32heads": ("float16", "float16", "float32"),
+    "bf16": ("bfloat16", "float32", "float32"),
+    "bf16-fp16heads": ("bfloat16", "float32", "float16"),
+}
+PRECISIONS = tuple(_TYPES)
 
-# Matrix products and convolutions of the encoder and the aggregator: what autocast makes 16-bit in the reference.
+_PATCH = re.compile(r"aggregator\.patch_embed\.patch_embed\.proj\.(weight|bias)")
+# Matrix products of the encoder and the aggregator: what autocast makes 16-bit in the reference.
 _TRUNK = re.compile(r"aggregator\..*(\.qkv|\.proj|\.fc1|\.fc2)\.(weight|bias)")
 # Convolutions of the dense heads but the last one, whose output is exponentiated.
 _DENSE = re.compile(
@@ -25,9 +36,12 @@ _DENSE = re.compile(
 class PrecisionPolicy:
     """One of PRECISIONS.
 
-    fp16: matrix products, convolutions and attention in half; residual stream, norms, rotary embedding, softmax, camera
-    head, exponentials and the expert mix in float32. fp16-fp32heads: the dense heads in float32 as well, as the
-    reference runs them.
+    fp16            matrix products, convolutions and attention in half; residual stream, norms, rotary embedding,
+                    softmax, camera head, exponentials and the expert mix in float32
+    fp16-fp32heads  the dense heads in float32 as well, as the reference runs them
+    bf16            matrix products and attention of encoder and aggregator in bfloat16, all else in float32: the range
+                    of float32 for an eighth of half's exactness
+    bf16-fp16heads  as bf16, but the dense heads in half
     """
 
     precision: str = "fp32"
@@ -40,14 +54,26 @@ class PrecisionPolicy:
     def sixteen_bit(self) -> bool:
         return self.precision != "fp32"
 
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the graph holds bfloat16, for which ONNX Runtime has no kernels on a CPU."""
+        return _TYPES[self.precision][0] == "bfloat16"
+
+    def type_of(self, name: str) -> str:
+        """The type of a parameter, by its name: float32, float16 or bfloat16. Needs no torch."""
+        trunk, patch, dense = _TYPES[self.precision]
+        if _PATCH.fullmatch(name):
+            return patch
+        if _TRUNK.fullmatch(name):
+            return trunk
+        return dense if _DENSE.match(name) else "float32"
+
     def dtype_of(self) -> "Callable[[str], torch.dtype]":
         """From a parameter's name to its dtype."""
         import torch
 
-        half_heads = self.precision == "fp16"
-
         def choose(name: str) -> torch.dtype:
-            half = self.sixteen_bit and (_TRUNK.fullmatch(name) or (half_heads and _DENSE.match(name)))
-            return torch.float16 if half else torch.float32
+            dtype: torch.dtype = getattr(torch, self.type_of(name))
+            return dtype
 
         return choose

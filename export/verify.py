@@ -15,6 +15,7 @@ from moe3d_deploy.child import Emit
 from moe3d_deploy.errors import ExportError
 from moe3d_deploy.export.compare import Errors, Limits, errors, require_headroom, require_within
 from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.runtime.pixels import to_floats
 
 Shape = tuple[int, int, int, int]
 
@@ -29,7 +30,25 @@ SHAPES_IN_PATCHES: tuple[Shape, ...] = (
     (1, 2, 11, 37),
 )
 
-_MORE_EXACT = {"fp16": "fp16-fp32heads", "fp16-fp32heads": "fp32"}
+_MORE_EXACT = {
+    "fp16": "fp16-fp32heads or fp32",
+    "fp16-fp32heads": "fp32",
+    "bf16-fp16heads": "bf16 or fp16",
+    "bf16": "fp16 or fp32",
+}
+_MORE_RANGE = {
+    "fp16": "fp16-fp32heads if it belongs to a head, else --precision bf16",
+    "fp16-fp32heads": "bf16",
+    "bf16-fp16heads": "bf16",
+    "bf16": "fp32",
+}
+
+_LABELS = {
+    "executed": "ONNX Runtime",
+    "twin": "ONNX Runtime on the float32 twin of the file",
+    "rounded": "16-bit PyTorch",
+}
+_OF_TWIN = "reference_of_twin"  # what the twin is compared with
 
 
 def images_for(shape: Shape, patch_size: int) -> NDArray[np.float32]:
@@ -41,17 +60,30 @@ def images_for(shape: Shape, patch_size: int) -> NDArray[np.float32]:
     return ((noise + slope) / 2).astype(np.float32)
 
 
+def pixels_for(shape: Shape, patch_size: int) -> NDArray[np.uint8]:
+    """`images_for` in 8 bits, (B, S, H, W, 3)."""
+    levels = np.rint(images_for(shape, patch_size) * np.float32(255))
+    return np.ascontiguousarray(np.moveaxis(levels.astype(np.uint8), 2, -1))
+
+
 def reference(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Child stage: the float32 model as trained (plain experts, torch's own attention) on every shape."""
+    """Child stage: the float32 model as trained (plain experts, torch's own attention) on every shape.
+
+    For a file that only its twin can stand for, once more with the weights rounded to the file's.
+    """
+    policy = PrecisionPolicy(**request["policy"])
     model = _load(request, PrecisionPolicy("fp32"))
     _run(request, emit, model, "reference")
+    if policy.bfloat16:
+        dtype_of = policy.dtype_of()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_of(name)).to(parameter.dtype)
+        _run(request, lambda event: None, model, _OF_TWIN)
     return {}
 
 
 def rounded(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the 16-bit model with real rounding and overflow; returns the share of the range per tensor."""
-    import torch
-
     from moe3d_deploy.export.half import SixteenBitRun
     from moe3d_deploy.model.transformer import explicit_attention, set_attention
 
@@ -61,19 +93,20 @@ def rounded(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         model.depth_head.merge_experts()
     with SixteenBitRun(model) as run:
         _run(request, emit, model, "rounded")
-    top = torch.finfo(torch.float16).max
-    return {"shares": {name: value / top for name, value in run.largest.items()}}
+    return {"shares": run.shares}
 
 
 def executed(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the written file in ONNX Runtime on the CPU, on every shape."""
-    from moe3d_deploy.runtime.onnx_backend import OnnxBackend
+    _execute(request, emit, Path(request["model"]), "executed")
+    return {}
 
-    backend = OnnxBackend(Path(request["model"]))
-    for index, shape in enumerate(request["shapes"]):
-        emit({"step": index})
-        found = backend.run(images_for(tuple(shape), request["patch_size"]))
-        _save(request, "executed", index, found)
+
+def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Child stage: the float32 twin of a file that ONNX Runtime has no kernels for, on every shape."""
+    from moe3d_deploy.export.twin import float32_twin
+
+    _execute(request, emit, float32_twin(Path(request["model"]), Path(request["folder"])), "twin")
     return {}
 
 
@@ -81,30 +114,40 @@ def check(
     folder: Path, shapes: Sequence[Shape], names: Sequence[str], kinds: Sequence[str], precision: str
 ) -> list[dict]:
     """Compare what the stages saved; one case per shape for the manifest. Raises ExportError outside the limits."""
-    limits = Limits.of(precision)
     remedy = "A wrong graph or a numeric fault: please report it with the model"
-    if precision != "fp32":
-        remedy = (
-            f"If --precision {_MORE_EXACT[precision]} passes, the model needs it; else the graph is wrong: report it"
-        )
+    more_exact = (
+        f"If --precision {_MORE_EXACT[precision]} passes, the model needs it; else the graph is wrong: report it"
+        if precision != "fp32"
+        else remedy
+    )
     cases = []
     for index, shape in enumerate(shapes):
-        expected = _read(folder, "reference", index, names)
-        found: dict[str, Errors] = {kind: errors(_read(folder, kind, index, names), expected) for kind in kinds}
-        for kind, error in found.items():
-            label = "ONNX Runtime" if kind == "executed" else "16-bit PyTorch"
+        found: dict[str, Errors] = {}
+        for kind in kinds:
+            expected = _read(folder, _OF_TWIN if kind == "twin" else "reference", index, names)
+            found[kind] = errors(_read(folder, kind, index, names), expected)
             batch, views, rows, columns = shape
-            require_within(f"{label} at B={batch} S={views}, {rows}x{columns} patches", error, limits, remedy)
+            label = f"{_LABELS[kind]} at B={batch} S={views}, {rows}x{columns} patches"
+            if kind == "twin":  # nothing in it is rounded to 16 bits
+                require_within(label, found[kind], Limits.of("fp32"), remedy)
+            else:
+                require_within(label, found[kind], Limits.of(precision), more_exact)
         cases.append({"shape_in_patches": list(shape), "errors": found})
     return cases
 
 
+def limits_report(precision: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """For the manifest: the limits of `check`, those of the twin apart."""
+    limits: dict[str, Any] = dict(Limits.of(precision).errors)
+    return {**limits, "twin": Limits.of("fp32").errors} if "twin" in kinds else limits
+
+
 def headroom_report(shares: dict[str, float], precision: str) -> dict[str, Any]:
-    """For the manifest: every tensor's share of the 16-bit range. Raises ExportError when one is too near the end."""
+    """For the manifest: every tensor's share of its 16-bit range. Raises ExportError when one is too near the end."""
     bound = Limits.of(precision).headroom
     if bound is None:
         raise ExportError(f"precision {precision} has no headroom limit; add it to limits.json")
-    require_headroom(shares, bound)
+    require_headroom(shares, bound, f"Try --precision {_MORE_RANGE[precision]}")
     return {"limit": bound, "tensors": len(shares), "largest": {name: float(f"{x:.4g}") for name, x in shares.items()}}
 
 
@@ -119,10 +162,26 @@ def _run(request: dict[str, Any], emit: Emit, model: Callable[..., Any], kind: s
 
     for index, shape in enumerate(request["shapes"]):
         emit({"step": index})
-        images = torch.from_numpy(images_for(tuple(shape), request["patch_size"]))
+        images = _input(request, shape)
+        floats = to_floats(images) if images.dtype == np.uint8 else images
         with torch.no_grad():
-            result = model(images, outputs=request["outputs"])
+            result = model(torch.from_numpy(floats), outputs=request["outputs"])
         _save(request, kind, index, {name: result[name].numpy() for name in request["names"]})
+
+
+def _execute(request: dict[str, Any], emit: Emit, model: Path, kind: str) -> None:
+    from moe3d_deploy.runtime.onnx_backend import OnnxBackend
+
+    backend = OnnxBackend(model)
+    for index, shape in enumerate(request["shapes"]):
+        emit({"step": index})
+        _save(request, kind, index, backend.run(_input(request, shape)))
+
+
+def _input(request: dict[str, Any], shape: Sequence[int]) -> NDArray[Any]:
+    batch, views, rows, columns = shape
+    make = pixels_for if request["input"] == "uint8" else images_for
+    return make((batch, views, rows, columns), request["patch_size"])
 
 
 def _save(request: dict[str, Any], kind: str, index: int, arrays: dict[str, NDArray[Any]]) -> None:

@@ -208,6 +208,11 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @property
+    def only_in_tensorrt(self) -> bool:
+        """Whether the ONNX file holds bfloat16, for which ONNX Runtime has no kernels on a CPU: an engine can run it."""
+        return self.precision.partition("-")[0] == "bf16"
+
+    @property
     def config(self) -> ModelConfig:
         """`model_config` as a ModelConfig."""
         return ModelConfig.from_dict(self.model_config)

@@ -62,7 +62,7 @@ def test_the_tables_have_the_keys_of_an_exported_bundle(
 def test_the_inner_keys_of_the_verification_are_documented(manifest: dict[str, Any]) -> None:
     rows, verification = documented("`verification`:"), manifest["verification"]
     case = verification["cases"][0]
-    assert set(case) | set(case["errors"]) == named_in(rows["cases"])
+    assert set(case) | set(case["errors"]) == named_in(rows["cases"]) - {"twin"}  # of bf16 files alone
     assert set(verification["headroom"]) == named_in(rows["headroom"])
 
 
@@ -91,7 +91,7 @@ def test_the_table_has_the_keys_of_a_built_engine(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(trt, "build_engine", build_engine)
     monkeypatch.setattr(engine_build, "run_in_child", run)
-    monkeypatch.setattr(engine_build, "resolve_builder", lambda builder: builder)
+    monkeypatch.setattr(engine_build, "resolve_builder", lambda builder, **file: builder)
     monkeypatch.setattr(engine_build, "signal", SimpleNamespace(signal=lambda *_: None, SIGINT=2, SIG_DFL=0))
     profile = ShapeProfile.from_ranges("1", "1:2:4", "28", "42", 14)
     model = exports.bundle().path / "model.onnx"

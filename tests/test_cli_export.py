@@ -23,6 +23,7 @@ from moe3d_deploy.errors import EngineError, ExportError
 from moe3d_deploy.export.pipeline import ExportOptions, ExportReport
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.manifest import EngineRecord, Profile
 
 Capture = pytest.CaptureFixture[str]
@@ -153,7 +154,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     stand_in = Calls()
     monkeypatch.setattr(command, "export_bundle", stand_in.export_bundle)
     monkeypatch.setattr(command, "add_built_engine", stand_in.add_built_engine)
-    monkeypatch.setattr(command, "resolve_builder", lambda builder: "tensorrt-rtx")
+    monkeypatch.setattr(command, "resolve_builder", lambda builder, **file: "tensorrt-rtx")
     return stand_in
 
 
@@ -167,6 +168,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         (("--no-verify",), ExportOptions(verify=False)),
         (("--outputs", "pose_enc,expert_weights"), ExportOptions(outputs=("pose_enc", "expert_weights"))),
         (("--outputs", "pose_enc, world_points,"), ExportOptions(outputs=("pose_enc", "world_points"))),
+        (("--precision", "bf16"), ExportOptions(PrecisionPolicy("bf16"))),
+        (("--opset", "23"), ExportOptions(opset=23)),
+        (("--input", "uint8"), ExportOptions(input="uint8")),
+        (("--static", "1x?x392x518"), ExportOptions(static=StaticShape(1, None, 392, 518))),
     ],
 )
 def test_flags_become_options(flags: tuple[str, ...], options: ExportOptions, calls: Calls, tmp_path: Path) -> None:
@@ -188,6 +193,7 @@ def test_seed_pickle_and_overwrite_are_passed_on(calls: Calls, tmp_path: Path) -
         ("", ((1, 1, 42, 42), (1, 2, 42, 42), (1, 8, 42, 42))),
         ("--views 3 --height 28 --width 14:28", ((1, 3, 28, 14), (1, 3, 28, 28), (1, 3, 28, 28))),
         ("--batch 1:2 --views 1:2:4 --width 28", ((1, 1, 42, 28), (2, 2, 42, 28), (2, 4, 42, 28))),
+        ("--static ?x2x?x? --views 2", ((1, 2, 42, 42), (1, 2, 42, 42), (1, 2, 42, 42))),
     ],
 )
 def test_shape_flags_become_the_engines_profile(
@@ -252,6 +258,10 @@ def test_a_failed_export_is_one_line_and_code_1(calls: Calls, tmp_path: Path, ca
         (["moe3d-tiny", "-o", "{out}", "--batch", "0"], "--batch 0: every size must be at least 1"),
         (["moe3d-tiny", "-o", "{out}", "--height", "100"], "--height 100: 100 is not a multiple of the patch size 14"),
         (["moe3d-tiny", "-o", "{out}", "--width", "140:150"], "--width 140:150:150: 150 is not a multiple of the"),
+        (["moe3d-tiny", "-o", "{out}", "--static", "?x?x100x?"], "--static: height 100 is not a multiple of the patch "
+         "size 14; nearest is 98"),
+        (["moe3d-tiny", "-o", "{out}", "--static", "?x2x?x?", "--views", "1:2"], "--views 1:2: the file fixes views at "
+         "2 (--static), leave --views out"),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "normals"], "output 'normals' cannot be exported; choose from "),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "expert_depths"], "output 'expert_depths' cannot be exported"),
         (["no-such-thing", "-o", "{out}"], "no-such-thing: no such bundle or checkpoint, nor a preset (vggt-1b, "),
@@ -282,6 +292,9 @@ def test_bad_input_is_one_line_and_code_2_before_any_work(
                 ["--precision", "fp32"],
                 ["--precision", "fp16"],
                 ["--outputs", "pose_enc"],
+                ["--opset", "20"],
+                ["--input", "uint8"],
+                ["--static", "1x1x28x42"],
                 ["--no-merge"],
                 ["--no-verify"],
                 ["--seed", "0"],

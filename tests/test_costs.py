@@ -20,6 +20,7 @@ from moe3d_deploy.costs import Shape4
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.model.moe3d import OF_POINT_HEAD
+from moe3d_deploy.parameter_shapes import parameter_shapes
 
 VGGT = PRESETS["vggt-1b"]
 MOE3D = PRESETS["moe3d-1b"]
@@ -107,6 +108,64 @@ def test_modules_are_the_published_counts() -> None:
     assert of("depth head refinenet1") == 114.840
     assert of("depth head output_conv1") == 51.678
     assert of("depth head output_conv2") == 19.817
+
+
+# ODD at 2 scenes of 3 views of 5x4 patches of 7x7: the component, the parameter whose type computes it, and its FLOPs
+# by the formulas of docs/costs.md with N = 6, P = 20, Q = 3 x 2 = 6, C = 24, D = 48, f = 40. T is 1 + 3 + 20 in the
+# encoder and 1 + 1 + 20 after it; the MLPs are int(2.3 x 24) = 55 and int(3.1 x 24) = 74 wide.
+ODD_TRUNK = [
+    ("encoder patch conv", "aggregator.patch_embed.patch_embed.proj.weight", 2 * 6 * 20 * 3 * 49 * 24),
+    ("encoder linear", "aggregator.patch_embed.blocks.0.attn.qkv.weight", 2 * 2 * 6 * 24 * (4 * 576 + 2 * 24 * 55)),
+    ("encoder attention", "aggregator.patch_embed.blocks.0.attn.qkv.weight", 2 * 4 * 6 * 24 * 24 * 24),
+    ("frame linear", "aggregator.frame_blocks.0.attn.qkv.weight", 3 * 2 * 6 * 22 * (4 * 576 + 2 * 24 * 74)),
+    ("frame attention", "aggregator.frame_blocks.0.attn.qkv.weight", 3 * 4 * 6 * 22 * 22 * 24),
+    ("global linear", "aggregator.global_blocks.0.attn.qkv.weight", 3 * 2 * 6 * 22 * (4 * 576 + 2 * 24 * 74)),
+    ("global attention", "aggregator.global_blocks.0.attn.qkv.weight", 3 * 4 * 2 * (3 * 22) ** 2 * 24),
+    # an iteration: 2 x 6 x (9 x 48 + 3 x 2304), 5 x (24 x 6 x 2304 + 4 x 2 x 9 x 48) and 2 x 6 x (48 x 24 + 24 x 9)
+    ("camera head", "camera_head.trunk.0.attn.qkv.weight", 3 * (88_128 + 5 * (331_776 + 3_456) + 16_416)),
+]
+ODD_DENSE = [
+    ("projects", "projects.0", 6 * 2 * 20 * 48 * (4 + 12 + 20 + 28)),
+    ("resize_layers", "resize_layers.0", 6 * (2 * 20 * 16 * 16 + 2 * 20 * 4 * 144 + 2 * 6 * 9 * 784)),
+    ("layer_rn", "scratch.layer1_rn", 6 * 2 * 9 * 40 * (320 * 4 + 80 * 12 + 20 * 20 + 6 * 28)),
+    ("refinenet4", "scratch.refinenet4.out_conv", 6 * (4 * 6 * 9 * 1600 + 2 * 20 * 1600)),
+    ("refinenet3", "scratch.refinenet3.out_conv", 6 * (8 * 20 * 9 * 1600 + 8 * 20 * 1600)),
+    ("refinenet2", "scratch.refinenet2.out_conv", 6 * (8 * 80 * 9 * 1600 + 8 * 80 * 1600)),
+    ("refinenet1", "scratch.refinenet1.out_conv", 6 * (8 * 320 * 9 * 1600 + 8 * 320 * 1600)),
+    ("output_conv1", "scratch.output_conv1", 6 * 2 * 1280 * 9 * 40 * 20),
+]
+ODD_EXPERTS = [  # 3 of 20 -> 5 -> 2 channels and a gate of 20 -> 9 -> 3 on 5 x 4 x 49 = 980 pixels
+    ("depth head experts", "depth_head.experts.0.0.weight", 3 * 2 * 6 * 980 * 9 * 20 * 5),
+    ("depth head experts", "depth_head.experts.0.2.weight", 3 * 2 * 6 * 980 * 5 * 2),
+    ("depth head gate", "depth_head.gate.0.weight", 2 * 6 * 980 * 9 * 20 * 9),
+    ("depth head gate", "depth_head.gate.2.weight", 2 * 6 * 980 * 9 * 3),
+]
+
+
+def of_a_dense_head(head: str) -> list[tuple[str, str, int]]:
+    label = head.replace("_", " ")
+    return [(f"{label} {part}", f"{head}.{name}.weight", flops) for part, name, flops in ODD_DENSE]
+
+
+def without_experts(head: str, channels: int) -> list[tuple[str, str, int]]:
+    """20 -> 32 -> `channels`, on 980 pixels of 6 views."""
+    component, name = f"{head.replace('_', ' ')} output_conv2", f"{head}.scratch.output_conv2"
+    return [
+        (component, f"{name}.0.weight", 2 * 6 * 980 * 9 * 20 * 32),
+        (component, f"{name}.2.weight", 2 * 6 * 980 * 32 * channels),
+    ]
+
+
+@pytest.mark.parametrize("with_experts", [True, False])
+@pytest.mark.parametrize("point_head", [True, False])
+def test_layers_have_the_work_worked_out_by_hand(with_experts: bool, point_head: bool) -> None:
+    config = ODD if with_experts else dataclasses.replace(ODD, moe=None)
+    depth = of_a_dense_head("depth_head") + (ODD_EXPERTS if with_experts else without_experts("depth_head", 2))
+    points = of_a_dense_head("point_head") + without_experts("point_head", 4) if point_head else []
+    found = list(costs.work(config, (2, 3, 35, 28), point_head=point_head))
+    assert found == ODD_TRUNK + depth + points
+    shapes = parameter_shapes(config)
+    assert {item.parameter for item in found} <= set(shapes)
 
 
 def test_components_add_up_to_the_total() -> None:
@@ -270,6 +329,8 @@ def test_the_position_embedding_costs_two_matrix_products_whatever_the_views() -
     """(gh, M) @ (M, M C), then (gw, M) @ (gh, M, C) for an M x M grid of C channels."""
     assert costs.position_embedding_flops(VGGT, 392, 518) == 2 * 28 * 37 * (37 * 1024) + 2 * 28 * 37 * (37 * 1024)
     assert costs.position_embedding_flops(VGGT, 14, 28) == 2 * 1 * 37 * (37 * 1024) + 2 * 1 * 2 * (37 * 1024)
+    # 5 x 5 stored, 24 channels, 3x4 patches: 3 x 5 x 5 x 24 and 4 x 5 x 3 x 24 multiply-adds
+    assert costs.position_embedding_flops(ODD, 21, 28) == 2 * (1800 + 1440)
 
 
 def test_the_python_of_the_page_on_costs_runs() -> None:

@@ -118,8 +118,8 @@ def test_no_target_at_all_is_refused(bundle: Bundle, builds: Builds) -> None:
 
 
 def test_a_precision_that_no_audit_knows_is_refused_before_the_build(bundle: Bundle, builds: Builds) -> None:
-    with pytest.raises(EngineError, match="no audit knows precision 'bf16'"):
-        add_built_engine(pretend(bundle, precision="bf16"), "tensorrt-rtx", SHAPES)
+    with pytest.raises(EngineError, match="no audit knows precision 'int8'"):
+        add_built_engine(pretend(bundle, precision="int8"), "tensorrt-rtx", SHAPES)
     assert builds.asked == []
 
 

@@ -80,6 +80,42 @@ def test_measured_engines_pass_with_one_line(preset: str, precision: str, found:
     assert result["faults"] == []
 
 
+@pytest.mark.parametrize(
+    ("precision", "opset", "matmul", "convolution", "summary"),
+    [
+        ("bf16", 20, {"bf16": 72, "fp32": 68}, {"fp32": 32}, "bf16 matmuls 72 of 140, fp32 convolutions 32 of 32"),
+        (
+            "bf16-fp16heads",
+            20,
+            {"bf16": 72, "fp32": 68},
+            {"fp16": 31, "fp32": 1},
+            "bf16 matmuls 72 of 140, fp16 convolutions 31 of 32",
+        ),
+        ("fp16", 23, {"fp16": 48, "fp32": 68}, {"fp16": 32}, "fp16 matmuls 48 of 116, convolutions 32 of 32"),
+        ("bf16", 23, {"bf16": 48, "fp32": 68}, {"fp32": 32}, "bf16 matmuls 48 of 116, fp32 convolutions 32 of 32"),
+    ],
+)
+def test_bf16_and_attention_as_one_operator_are_counted(
+    precision: str, opset: int, matmul: dict[str, int], convolution: dict[str, int], summary: str
+) -> None:
+    """moe3d-tiny has 12 blocks; at opset 23 two products of each are inside its attention."""
+    attention = {precision[:4]: 12} if opset == 23 else {}
+    found = facts(matmul, convolution, 12, attention=attention)
+    manifest = manifest_of("moe3d-tiny", precision, opset=opset)
+    text = ", ExpertMix as function, attention fused 12 of 12, not executed"
+    assert require_audit(found, manifest)["summary"] == summary + text
+
+    other = facts(matmul, convolution, 12, attention={"fp32": 12} if opset == 23 else {"fp16": 12})
+    with pytest.raises(EngineError, match=rf"{precision} asks for .* attention operators, the network has 12 fp"):
+        require_audit(other, manifest)
+    with pytest.raises(EngineError, match="12 attentions are to be fused, the compiled engine has 11"):
+        require_audit(facts(matmul, convolution, 11, attention=attention), manifest)
+    half = facts({"fp16": matmul[precision[:4]], "fp32": 68}, convolution, 12, attention=attention)
+    if precision.startswith("bf16"):
+        with pytest.raises(EngineError, match=rf"{precision} asks for {matmul['bf16']} bf16 matmuls and the others in"):
+            require_audit(half, manifest)
+
+
 def test_float32_attention_that_is_not_fused_is_noted() -> None:
     result = require_audit(facts({"fp32": 140}, {"fp32": 32}, 0), manifest_of("moe3d-tiny", "fp32"))
     assert result["notes"] == ["attention is not fused: its memory grows with the square of the tokens"]
@@ -189,14 +225,14 @@ def test_a_report_on_the_network_that_lacks_something_is_refused(part: str, key:
 
 
 def test_a_precision_without_a_policy_is_refused() -> None:
-    with pytest.raises(EngineError, match="no audit knows precision 'bf16'; export with one of fp32, fp16, fp16-fp32"):
-        audit(FULL, manifest_of("moe3d-1b", "bf16"))
+    with pytest.raises(EngineError, match="no audit knows precision 'int8'; export with one of fp32, fp16, fp16-fp32"):
+        audit(FULL, manifest_of("moe3d-1b", "int8"))
 
 
 # The model, its precision policy and the files that the export writes
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp16-fp32heads"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "fp16-fp32heads", "bf16", "bf16-fp16heads"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_expected_is_what_the_policy_gives(preset: str, precision: str) -> None:
     torch = pytest.importorskip("torch", reason="counts a model's layers: pip install 'moe3d-deploy[export]'")
@@ -210,12 +246,16 @@ def test_what_is_expected_is_what_the_policy_gives(preset: str, precision: str) 
 
     def count(*kinds: type) -> Counter[str]:
         names = (name for name, layer in layers.items() if isinstance(layer, kinds))
-        return Counter("fp16" if dtype_of(f"{name}.weight") == torch.float16 else "fp32" for name in names)
+        short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+        return Counter(short[dtype_of(f"{name}.weight")] for name in names)
 
     outputs = (*example_manifest().outputs, *([POINTS] if config.point_head else []))
     want = expected(manifest_of(preset, precision, merged_experts=False, outputs=outputs))
     assert want.convolutions == count(torch.nn.Conv2d, torch.nn.ConvTranspose2d)
-    assert 4 * want.half_products == 6 * count(torch.nn.Linear)["fp16"]  # a block: 4 linear layers, 2 in its attention
+    linear = count(torch.nn.Linear)  # a block: 4 linear layers, 2 products in its attention
+    if precision != "fp32":
+        assert 4 * want.products == 6 * linear[want.trunk]
+        assert set(linear) == {want.trunk, "fp32"}
 
 
 @pytest.mark.parametrize("merge", [True, False])

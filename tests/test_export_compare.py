@@ -93,6 +93,20 @@ def test_the_limits_are_those_that_the_project_promises() -> None:
     assert Limits.of("fp32") == Limits({"*": {"max": 5e-5}}, None)
     assert Limits.of("fp16") == Limits({"depth": {"max": 1e-2, "mean": 1e-3}, "*": {"max": 1e-2}}, 0.5)
     assert Limits.of("fp16-fp32heads") == Limits.of("fp16")
+    assert Limits.of("bf16-fp16heads") == Limits.of("bf16")
+
+
+def test_the_limits_of_bf16_are_those_of_half_times_the_ratio_of_their_roundings() -> None:
+    """2^-8 to 2^-11, for bfloat16 has 8 bits of significand and half 11."""
+    import torch
+
+    ratio = torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float16).eps
+    half, brain = Limits.of("fp16"), Limits.of("bf16")
+    assert ratio == 8
+    for output, bounds in half.errors.items():
+        assert brain.errors[output] == pytest.approx({kind: ratio * bound for kind, bound in bounds.items()})
+    assert brain.errors.keys() == half.errors.keys()
+    assert brain.headroom == half.headroom
 
 
 def test_every_precision_has_limits() -> None:
@@ -137,16 +151,16 @@ def test_errors_beyond_the_limit_fail(precision: str, values: dict[str, dict[str
 
 
 def test_headroom_up_to_half_of_the_range_passes() -> None:
-    require_headroom({"a: mm": 0.5, "b: mm": 0.1}, 0.5)
-    require_headroom({}, 0.5)
+    require_headroom({"a: mm": 0.5, "b: mm": 0.1}, 0.5, "")
+    require_headroom({}, 0.5, "")
 
 
 @pytest.mark.parametrize(("share", "shown"), [(0.51, "0.51"), (1.0, "1"), (INF, "inf")])
 def test_less_headroom_fails_and_names_the_tensor(share: float, shown: str) -> None:
     with pytest.raises(ExportError) as caught:
-        require_headroom({"a: mm": 0.1, "depth_head.x: convolution": share, "b: mm": 0.5}, 0.5)
+        require_headroom({"a: mm": 0.1, "depth_head.x: convolution": share, "b: mm": 0.5}, 0.5, "Try something else")
 
     assert str(caught.value) == (
-        f"verification failed: tensor 'depth_head.x: convolution' reaches {shown} of the fp16 range, the limit is 0.5; "
-        "nothing was written. Try --precision fp16-fp32heads if it belongs to a head, else --precision fp32"
+        f"verification failed: tensor 'depth_head.x: convolution' reaches {shown} of its 16-bit range, the limit is "
+        "0.5; nothing was written. Try something else"
     )

@@ -101,7 +101,7 @@ def test_the_metadata_holds_the_contract() -> None:
 
     assert set(metadata) == {
         "moe3d.version", "moe3d.precision", "moe3d.model_config", "moe3d.checkpoint", "moe3d.tensors",
-        "moe3d.preprocessing",
+        "moe3d.preprocessing", "moe3d.shape_ranges",
     }  # fmt: skip
     assert metadata["moe3d.version"] == __version__
     assert metadata["moe3d.precision"] == "fp16"

@@ -24,9 +24,8 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.model.transformer import Linear
 
 # Every parameter of MoE3D is on one of these lists, with "*" for what repeats.
+PATCH = ("aggregator.patch_embed.patch_embed.proj.weight", "aggregator.patch_embed.patch_embed.proj.bias")
 TRUNK = (
-    "aggregator.patch_embed.patch_embed.proj.weight",
-    "aggregator.patch_embed.patch_embed.proj.bias",
     *(
         f"aggregator.{blocks}.*.{layer}.{kind}"
         for blocks in ("patch_embed.blocks", "frame_blocks", "global_blocks")
@@ -104,32 +103,37 @@ def parameter_names() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "half"),
+    ("policy", "half", "brain"),
     [
-        (PrecisionPolicy("fp32"), ()),
-        (PrecisionPolicy("fp16"), TRUNK + DENSE),
-        (PrecisionPolicy("fp16-fp32heads"), TRUNK),
+        (PrecisionPolicy("fp32"), (), ()),
+        (PrecisionPolicy("fp16"), PATCH + TRUNK + DENSE, ()),
+        (PrecisionPolicy("fp16-fp32heads"), PATCH + TRUNK, ()),
+        (PrecisionPolicy("bf16"), (), TRUNK),
+        (PrecisionPolicy("bf16-fp16heads"), DENSE, TRUNK),
     ],
     ids=lambda value: value.precision if isinstance(value, PrecisionPolicy) else "",
 )
-def test_which_parameters_are_half(policy: PrecisionPolicy, half: tuple[str, ...]) -> None:
+def test_which_parameters_are_16_bit(policy: PrecisionPolicy, half: tuple[str, ...], brain: tuple[str, ...]) -> None:
     dtype_of = policy.dtype_of()
     for name in parameter_names():
-        lists = [is_on(name, patterns) for patterns in (TRUNK, DENSE, FLOAT32)]
+        lists = [is_on(name, patterns) for patterns in (PATCH, TRUNK, DENSE, FLOAT32)]
         assert sum(lists) == 1, f"{name} is on no list, or on two"
-        assert dtype_of(name) == (torch.float16 if is_on(name, half) else torch.float32), name
+        expected = torch.float16 if is_on(name, half) else torch.bfloat16 if is_on(name, brain) else torch.float32
+        assert dtype_of(name) == expected, name
+    assert policy.bfloat16 == bool(brain)
+    assert policy.sixteen_bit == bool(half or brain)
 
 
 def test_every_pattern_is_of_a_parameter() -> None:
     names = parameter_names()
-    for pattern in (*TRUNK, *DENSE, *FLOAT32):
+    for pattern in (*PATCH, *TRUNK, *DENSE, *FLOAT32):
         assert any(is_on(name, (pattern,)) for name in names), pattern
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8", "FP16", ""])
+@pytest.mark.parametrize("precision", ["bf16-fp32heads", "int8", "FP16", ""])
 def test_another_precision_is_refused(precision: str) -> None:
     with pytest.raises(
-        InputError, match=rf"^precision '{precision}' is unknown; choose from fp32, fp16, fp16-fp32heads$"
+        InputError, match=rf"^precision '{precision}' is unknown; choose from fp32, fp16, fp16-fp32heads, bf16, bf16-"
     ):
         PrecisionPolicy(precision)
 
@@ -137,7 +141,7 @@ def test_another_precision_is_refused(precision: str) -> None:
 def test_a_loaded_model_has_the_policys_dtypes() -> None:
     model = exports.load("fp16")
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float16 if is_on(name, TRUNK + DENSE) else torch.float32)
+        assert parameter.dtype == (torch.float16 if is_on(name, PATCH + TRUNK + DENSE) else torch.float32)
 
 
 # ---- running it
@@ -286,11 +290,12 @@ def overflowing_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shares_of(checkpoint: Path, folder: Path) -> dict[str, float]:
+def shares_of(checkpoint: Path, folder: Path, precision: str = "fp16") -> dict[str, float]:
     """The stage that runs in a child, in this process."""
     request = {
         "source": {"source": str(checkpoint), "seed": 0, "allow_pickle": False},
-        "policy": {"precision": "fp16"},
+        "policy": {"precision": precision},
+        "input": "float32",
         "merge": True,
         "outputs": [],
         "names": ["depth"],
@@ -319,8 +324,16 @@ def test_an_overflow_fails_the_export_and_names_the_tensor(overflowing_checkpoin
     shares = shares_of(overflowing_checkpoint, tmp_path)
 
     assert shares[f"{LAYER}: addmm"] == math.inf
-    with pytest.raises(ExportError, match=rf"^verification failed: tensor '{LAYER}.*' reaches inf of the fp16 range"):
+    with pytest.raises(ExportError, match=rf"^verification failed: tensor '{LAYER}.*' reaches inf of its 16-bit range"):
         verify.headroom_report(shares, "fp16")
+
+
+def test_bfloat16_has_the_range_that_half_lacks(overflowing_checkpoint: Path, tmp_path: Path) -> None:
+    """The same weights; each tensor's share is of its own type, whose largest number is 3.4e38."""
+    shares = shares_of(overflowing_checkpoint, tmp_path, "bf16")
+
+    assert 65504 < shares[f"{LAYER}: addmm"] * float(torch.finfo(torch.bfloat16).max) < 1e9
+    assert verify.headroom_report(shares, "bf16")["limit"] == 0.5
 
 
 def test_onnxruntime_on_a_cpu_computes_the_same_graph_without_overflow(tmp_path: Path) -> None:

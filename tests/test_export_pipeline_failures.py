@@ -192,7 +192,7 @@ def test_whatever_fails_the_bundle_to_be_replaced_stays(
 def test_an_overflow_is_reported_rather_than_the_error_it_causes(stages: Stages, tmp_path: Path) -> None:
     stages.change["rounded"] = shares(math.inf)
     stages.change["executed"] = off("depth", math.inf)
-    with pytest.raises(ExportError, match=r"reaches inf of the fp16 range"):
+    with pytest.raises(ExportError, match=r"reaches inf of its 16-bit range"):
         export(tmp_path / "bundle")
 
 

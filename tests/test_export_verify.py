@@ -141,6 +141,7 @@ def request_for(folder: Path, checkpoint: Path, *, names: list[str], shapes: lis
         "source": dataclasses.asdict(SourceSpec(str(checkpoint))),
         "policy": dataclasses.asdict(PrecisionPolicy("fp32")),
         "merge": True,
+        "input": "float32",
         "outputs": [],
         "names": names,
         "shapes": [list(shape) for shape in shapes],

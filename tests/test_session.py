@@ -95,8 +95,17 @@ BAD_IMAGES: list[tuple[Any, str]] = [
         r"images: expected (S, 3, H, W) or (B, S, 3, H, W), got (1, 1, 4, 14, 14)",
     ),
     (np.float32(0), r"images: expected (S, 3, H, W) or (B, S, 3, H, W), got ()"),
-    (np.zeros((1, 3, 14, 14), np.uint8), "images: expected floats in [0, 1], got uint8; divide 8-bit images by 255"),
-    (np.zeros((1, 3, 14, 14), bool), "images: expected floats in [0, 1], got bool; divide 8-bit images by 255"),
+    (
+        np.zeros((1, 3, 14, 14), np.uint8),
+        "images: 8-bit pixels are (S, H, W, 3) or (B, S, H, W, 3), got (1, 1, 3, 14, 14)",
+    ),
+    (np.zeros((14, 14, 3), np.uint8), "images: 8-bit pixels are (S, H, W, 3) or (B, S, H, W, 3), got (14, 14, 3)"),
+    (
+        np.zeros((1, 15, 14, 3), np.uint8),
+        "images: height is 15; accepted are 14 and more in steps of 14, the nearest is 14",
+    ),
+    (np.zeros((1, 3, 14, 14), bool), "images: expected floats in [0, 1] or uint8 pixels, got bool; convert them"),
+    (np.zeros((1, 3, 14, 14), np.int64), "images: expected floats in [0, 1] or uint8 pixels, got int64; convert them"),
     (np.full((1, 3, 14, 14), 255.0), "images: values lie in [255, 255]; expected RGB in [0, 1]"),
     (np.full((1, 3, 14, 14), -0.01), "images: values lie in [-0.01, -0.01]; expected RGB in [0, 1]"),
     (np.full((1, 3, 14, 14), np.nan), "images: values lie in [nan, nan]; expected RGB in [0, 1]"),
@@ -132,6 +141,7 @@ def test_images_that_do_not_fit_are_refused_in_one_line(session: Any, bad: Any, 
 def test_a_range_with_an_end_names_it(size: int, message: str | None) -> None:
     class Ones:
         output_names = ("depth",)
+        input_type = "float32"
 
         def load(self) -> None:
             pass

@@ -9,22 +9,27 @@ import click
 from click.core import ParameterSource
 
 from moe3d_deploy.bundle import Bundle, is_bundle
+from moe3d_deploy.cli.arguments import comma_list
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.engines.add import add_built_engine
 from moe3d_deploy.engines.build import resolve_builder
-from moe3d_deploy.engines.shapes import ShapeProfile
+from moe3d_deploy.engines.shapes import AXES, ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, Moe3dError
+from moe3d_deploy.export.contract import INPUTS, OPSET, OPSETS, OPTIONAL_OUTPUTS
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
-from moe3d_deploy.manifest import Verification
+from moe3d_deploy.export.static import StaticShape
+from moe3d_deploy.manifest import ShapeRanges, Verification
 
-Ranges = tuple[str, str, str | None, str | None]
+Ranges = tuple[str | None, str | None, str | None, str | None]
 """--batch, --views, --height and --width as given."""
 
-_OF_A_CHECKPOINT = ("precision", "outputs", "no_merge", "no_verify", "seed", "allow_pickle", "overwrite")
-_OF_AN_ENGINE = ("batch", "views", "height", "width")
+_OF_A_CHECKPOINT = (
+    "precision", "outputs", "opset", "input_type", "static", "no_merge", "no_verify", "seed", "allow_pickle",
+    "overwrite",
+)  # fmt: skip
 
 
 @click.command("export", short_help="Export a preset, checkpoint or bundle to a verified bundle")
@@ -32,17 +37,33 @@ _OF_AN_ENGINE = ("batch", "views", "height", "width")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder to write.")
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True,
-    help="What is 16-bit; fp16-fp32heads keeps the dense heads in float32.",
+    help="What is 16-bit; ...-fp32heads and bf16 keep the dense heads in float32. bf16 has the range of float32, "
+    "and runs in TensorRT only.",
 )  # fmt: skip
-@click.option("--outputs", default="", help="Outputs beyond depth, depth_conf, extrinsics and intrinsics, by commas.")
+@click.option(
+    "--outputs", default="", metavar="NAMES",
+    help="Outputs beyond depth, depth_conf, extrinsics and intrinsics, by commas: " + ", ".join(OPTIONAL_OUTPUTS) + ".",
+)  # fmt: skip
+@click.option(
+    "--opset", type=click.Choice([str(opset) for opset in OPSETS]), default=str(OPSET), show_default=True,
+    help="ONNX opset; 23 has attention as one operator, and needs TensorRT 10.14 or newer.",
+)  # fmt: skip
+@click.option(
+    "--input", "input_type", type=click.Choice(list(INPUTS)), default="float32", show_default=True,
+    help="Images as floats in [0,1], (B,S,3,H,W), or as 8-bit pixels, (B,S,H,W,3).",
+)  # fmt: skip
+@click.option(
+    "--static", default=None, metavar="BxSxHxW",
+    help="Numbers for what the file fixes, letters for what stays free: 1xSx392x518.  [default: all free]",
+)  # fmt: skip
 @click.option("--no-merge", is_flag=True, help="Keep a convolution per expert and plain operations for the mix.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch; the manifest records it.")
 @click.option(
     "--builder", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]), default="auto", show_default=True,
     help="Engine builder; none for the ONNX file alone.",
 )  # fmt: skip
-@click.option("--batch", default="1", show_default=True, help="Scenes of the engine: value, min:max or min:opt:max.")
-@click.option("--views", default="1:2:8", show_default=True, help="Views of the engine.")
+@click.option("--batch", default=None, help="Scenes of the engine: value, min:max or min:opt:max.  [default: 1]")
+@click.option("--views", default=None, help="Views of the engine.  [default: 1:2:8]")
 @click.option("--height", default=None, help="Image height of the engine in pixels.  [default: 10 patches to img_size]")
 @click.option("--width", default=None, help="Image width of the engine in pixels.  [default: as --height]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of a preset's weights.")
@@ -54,11 +75,14 @@ def export_command(
     output: Path | None,
     precision: str,
     outputs: str,
+    opset: str,
+    input_type: str,
+    static: str | None,
     no_merge: bool,
     no_verify: bool,
     builder: str,
-    batch: str,
-    views: str,
+    batch: str | None,
+    views: str | None,
     height: str | None,
     width: str | None,
     seed: int,
@@ -73,6 +97,9 @@ def export_command(
     \b
     moe3d-export moe3d-tiny -o bundle --precision fp16 --views 1:2:4
     moe3d-export bundle --views 8 --height 392 --width 518
+    moe3d-export my-moe3d -o wide --precision bf16 --opset 23
+    moe3d-export my-moe3d -o camera --input uint8 --static 1x1x392x518
+    moe3d-export my-moe3d -o maps --outputs expert_weights,expert_entropy --builder none
     """
     progress = Progress()
     ranges = (batch, views, height, width)
@@ -80,7 +107,7 @@ def export_command(
     is_preset = source.removeprefix("preset:") in PRESETS
     if not is_preset and not Path(source).exists():
         raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
-    if builder == "none" and (given := _given(*_OF_AN_ENGINE)):
+    if builder == "none" and (given := _given(*AXES)):
         raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
     if is_bundle(source):
         if output is not None:
@@ -99,10 +126,13 @@ def export_command(
         options = ExportOptions(
             policy=PrecisionPolicy(precision),
             merge=not no_merge,
-            outputs=tuple(name.strip() for name in outputs.split(",") if name.strip()),
+            outputs=comma_list(outputs),
             verify=not no_verify,
+            opset=int(opset),
+            input=input_type,
+            static=StaticShape.parse(static) if static else StaticShape(),
         )
-        _check_before_work(builder, ranges, spec, progress)
+        _check_before_work(builder, ranges, spec, options, progress)
         bundle = _export(spec, output, options, overwrite, progress, report)
     if builder != "none":
         bundle = _build_engine(bundle, builder, ranges, progress, report)
@@ -112,30 +142,41 @@ def export_command(
 def _given(*names: str) -> list[str]:
     """The flags of these parameters that stand on the command line."""
     context = click.get_current_context()
-    typed = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return ["--" + name.replace("_", "-") for name in typed]
+    flags = {option.name: option.opts[0] for option in context.command.params}
+    return [flags[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
 
 
-def _check_before_work(builder: str, ranges: Ranges, spec: SourceSpec, progress: Progress) -> None:
-    """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the engine's shapes."""
+def _check_before_work(
+    builder: str, ranges: Ranges, spec: SourceSpec, options: ExportOptions, progress: Progress
+) -> None:
+    """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the shapes."""
     require_packages(verify=False)
     checkpoint = spec.open()
     config, parameters = checkpoint.config, sum(math.prod(shape) for shape in checkpoint.shapes().values())
     experts = f"{config.moe.num_experts} experts" if config.moe else "no experts"
     progress.line("checkpoint", f"{checkpoint.origin}, {parameters / 1e6:.1f} M parameters, {experts}")
     progress.line("licence", checkpoint.licence)
+    options.static.check(config.patch_size)
     if builder != "none":
         try:
-            resolve_builder(builder)
-        except EngineError as error:
-            raise EngineError(f"{error}; or export without an engine: --builder none") from error
-        _profile(ranges, config)
+            resolve_builder(builder, opset=options.opset, precision=options.policy.precision)
+        except (EngineError, InputError) as error:
+            raise type(error)(f"{error}; or export without an engine: --builder none") from error
+        _profile(ranges, config, options.static.ranges(ShapeRanges.of(config)))
 
 
-def _profile(ranges: Ranges, config: ModelConfig) -> ShapeProfile:
-    batch, views, height, width = ranges
+def _profile(ranges: Ranges, config: ModelConfig, accepted: ShapeRanges) -> ShapeProfile:
+    """The engine's shapes: what is given, else what the file fixes, else the default. Raises InputError."""
     sides = f"{min(10 * config.patch_size, config.img_size)}:{config.img_size}"
-    return ShapeProfile.from_ranges(batch, views, height or sides, width or sides, config.patch_size)
+    texts = []
+    for axis, given, default in zip(AXES, ranges, ("1", "1:2:8", sides, sides), strict=True):
+        allowed = getattr(accepted, axis)
+        fixed = str(allowed.min) if allowed.min == allowed.max else None
+        if given and fixed and set(given.split(":")) != {fixed}:
+            raise InputError(f"--{axis} {given}: the file fixes {axis} at {fixed} (--static), leave --{axis} out")
+        texts.append(given or fixed or default)
+    batch, views, height, width = texts
+    return ShapeProfile.from_ranges(batch, views, height, width, config.patch_size)
 
 
 def _export(
@@ -168,7 +209,7 @@ def _verification_summary(verification: Verification) -> str:
 
 def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progress, report: dict[str, Any]) -> Bundle:
     try:
-        profile = _profile(ranges, bundle.manifest.config)
+        profile = _profile(ranges, bundle.manifest.config, bundle.manifest.shape_ranges)
         bundle, record = add_built_engine(
             bundle,
             builder,

@@ -12,6 +12,7 @@ from moe3d_deploy.errors import BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Range, Tensor, Verification
 
 _LABEL_WIDTH = 14
+_ONLY_TENSORRT = "; runs in TensorRT only, as an engine (no CPU runtime has bf16 kernels)"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -63,7 +64,7 @@ def report(path: str, digests: str, manifest: Manifest, faults: Mapping[str, str
         ("model", [f"{manifest.name}, {experts}", sizes]),
         ("checkpoint", [checkpoint.origin, f"sha256 {checkpoint.sha256 or 'none (no file)'}"]),
         ("licence", [checkpoint.licence]),
-        ("precision", [f"{manifest.precision}, opset {manifest.opset}"]),
+        ("precision", [f"{manifest.precision}, opset {manifest.opset}{_ONLY_TENSORRT * manifest.only_in_tensorrt}"]),
         ("images", [f"{prep.mode} to {prep.size}, multiples of {prep.patch_size}, {prep.layout}"]),
         ("inputs", _tensors(manifest.inputs)),
         ("outputs", _tensors(manifest.outputs)),
@@ -120,7 +121,9 @@ def _verification(verification: Verification) -> list[str]:
     limits = dict(_numbers(verification.limits))
     rows = []
     for (stage, output, figure), error in ((path, error) for path, error in sorted(worst.items()) if len(path) == 3):
-        limit = limits.get((output, figure), limits.get(("*", figure)) if output not in verification.limits else None)
+        of_stage = verification.limits.get(stage)  # a stage may have limits of its own
+        own, bounds = ((stage,), of_stage) if isinstance(of_stage, dict) else ((), verification.limits)
+        limit = limits.get((*own, output, figure), None if output in bounds else limits.get((*own, "*", figure)))
         if limit is not None:
             rows.append((stage, output, figure, f"{error:.2g}", f"limit {limit:.2g}"))
     lines = [f"{verification.status}, {len(verification.cases)} cases", *_columns(rows)]

@@ -4,6 +4,7 @@ Every layer computes in the dtype of its own weights and casts its input to it. 
 same code with some weights cast, and the float32 islands are the weights left alone.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,12 +119,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same as plain operations, softmax in float32 at least.
 
-    Scaling q and k apart keeps 16-bit logits small and the ONNX graph short.
+    Scaling q and k apart keeps 16-bit logits small and the ONNX graph short. They are scaled by powers of two: a graph
+    stores a factor in the type of the tensor, and d^(-1/4) rounded to 16 bits would scale every logit wrongly. What is
+    left of d^(-1/2), nothing where d is a power of four, scales the float32 logits.
     """
-    scale = q.shape[-1] ** -0.25
-    logits = (q * scale) @ (k * scale).transpose(-1, -2)
-    weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+    exponent = -0.5 * math.log2(q.shape[-1])
+    whole = math.floor(exponent)
+    logits = (q * 2.0 ** (whole // 2)) @ (k * 2.0 ** (whole - whole // 2)).transpose(-1, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if exponent != whole:
+        logits = logits.mul_(2.0 ** (exponent - whole))
+    return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 def set_attention(model: nn.Module, attend: Attend) -> None:

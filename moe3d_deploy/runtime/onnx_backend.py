@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from moe3d_deploy.errors import BundleError, Moe3dError, first_line
@@ -29,8 +28,8 @@ class OnnxBackend:
             raise BundleError(f"{model}: ONNX Runtime {ort.__version__} cannot load it: {first_line(error)}") from error
         self.output_names = [output.name for output in self._session.get_outputs()]
 
-    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-        """images (B, S, 3, H, W) float32 -> every output of the file by name."""
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """images (B, S, 3, H, W) float32, or (B, S, H, W, 3) uint8, as the file takes -> every output by name."""
         try:
             arrays = self._session.run(None, {"images": images})
         except Exception as error:

@@ -14,12 +14,20 @@ from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.manifest import Preprocessing, Range, ShapeRanges
 from moe3d_deploy.runtime.onnx_backend import OnnxBackend
+from moe3d_deploy.runtime.pixels import to_floats, to_pixels
 
 BACKENDS = ("auto", "onnxruntime", "pytorch")
 
 
 class Backend(Protocol):
-    """Runs images (B, S, 3, H, W) float32 and returns float32 arrays by output name."""
+    """Runs images in the form of `input_type` and returns float32 arrays by output name.
+
+    float32  (B, S, 3, H, W), RGB in [0, 1]
+    uint8    (B, S, H, W, 3), RGB in 0..255
+    """
+
+    @property
+    def input_type(self) -> str: ...
 
     @property
     def output_names(self) -> Sequence[str]: ...
@@ -27,7 +35,7 @@ class Backend(Protocol):
     def load(self) -> None:
         """Get ready what takes long, unless it is; `run` does so too."""
 
-    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]: ...
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]: ...
 
 
 class Session:
@@ -37,7 +45,8 @@ class Session:
         result = session.run(images)      # images (S, 3, H, W) or (B, S, 3, H, W), RGB in [0, 1]
         result["depth"]                   # (S, H, W) or (B, S, H, W)
 
-    A session is for one thread at a time. `config` is the model's, where it is known.
+    Images may also be 8-bit pixels, uint8 (S, H, W, 3) or (B, S, H, W, 3), whatever the model takes itself. A session
+    is for one thread at a time. `config` is the model's, where it is known.
     """
 
     def __init__(
@@ -106,6 +115,11 @@ class Session:
     def _of_bundle(cls, path: Path) -> "Session":
         bundle = Bundle.open(path, verify="sizes", engines=False)
         manifest = bundle.manifest
+        if manifest.only_in_tensorrt:
+            raise InputError(
+                f"bundle {path} is {manifest.precision}, and bf16 graphs run in TensorRT only, as an engine on a GPU: "
+                "ONNX Runtime has no bf16 kernels on a CPU; for this backend export with --precision fp16 or fp32"
+            )
         backend = _BundleBackend(bundle)
         return cls(backend, manifest.name, manifest.preprocessing, manifest.shape_ranges, manifest.config)
 
@@ -129,14 +143,16 @@ class Session:
     def run(self, images: ArrayLike) -> dict[str, NDArray[Any]]:
         """Run one scene (S, 3, H, W) or several (B, S, 3, H, W); outputs have the B axis only if the images have.
 
-        Raises InputError for an array that does not fit, before anything is loaded.
+        8-bit pixels have their channels last. Floats and pixels give the same bits: a pixel is pixel / 255, and a model
+        that takes pixels itself refuses floats that are none. Raises InputError for an array that does not fit, before
+        anything is loaded.
         """
         array = self.check(images)
         result = self.backend.run(array)
         return {name: value[0] for name, value in result.items()} if np.ndim(images) == 4 else result
 
-    def check(self, images: ArrayLike) -> NDArray[np.float32]:
-        """The images as `run` hands them on, (B, S, 3, H, W) float32. Raises InputError as `run` does."""
+    def check(self, images: ArrayLike) -> NDArray[Any]:
+        """The images as `run` hands them to the backend, in its `input_type`. Raises InputError as `run` does."""
         try:
             array = np.asarray(images)
         except ValueError as error:  # lists of unequal length
@@ -145,18 +161,29 @@ class Session:
             ) from error
         if array.ndim == 4:
             array = array[None]
-        self._check(array)
-        return np.ascontiguousarray(array, np.float32)
+        takes_pixels = self.backend.input_type == "uint8"
+        if array.dtype == np.uint8:
+            self._check_pixels(array)
+            return np.ascontiguousarray(array) if takes_pixels else to_floats(array)
+        self._check_floats(array)
+        return to_pixels(array) if takes_pixels else np.ascontiguousarray(array, np.float32)
 
-    def _check(self, images: NDArray[Any]) -> None:
+    def _check_pixels(self, images: NDArray[np.uint8]) -> None:
+        if images.ndim != 5 or images.shape[4] != 3:
+            raise InputError(f"images: 8-bit pixels are (S, H, W, 3) or (B, S, H, W, 3), got {images.shape}")
+        self._check_sizes(*images.shape[:4])
+
+    def _check_floats(self, images: NDArray[Any]) -> None:
         if images.ndim != 5 or images.shape[2] != 3:
             raise InputError(f"images: expected (S, 3, H, W) or (B, S, 3, H, W), got {images.shape}")
         if images.dtype.kind != "f":
-            raise InputError(f"images: expected floats in [0, 1], got {images.dtype}; divide 8-bit images by 255")
+            raise InputError(f"images: expected floats in [0, 1] or uint8 pixels, got {images.dtype}; convert them")
         low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
         if not 0 <= low <= high <= 1:
             raise InputError(f"images: values lie in [{low:g}, {high:g}]; expected RGB in [0, 1]")
-        batch, views, _, height, width = images.shape
+        self._check_sizes(*images.shape[:2], *images.shape[3:])
+
+    def _check_sizes(self, batch: int, views: int, height: int, width: int) -> None:
         sizes = {"batch": batch, "views": views, "height": height, "width": width}
         for axis, size in sizes.items():
             _check_size(axis, size, getattr(self.shapes, axis))
@@ -169,11 +196,12 @@ class _BundleBackend:
         self._bundle = bundle
         self._backend: OnnxBackend | None = None
         self.output_names = tuple(output.name for output in bundle.manifest.outputs)
+        self.input_type = bundle.manifest.inputs[0].dtype
 
     def load(self) -> None:
         self._loaded()
 
-    def run(self, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return self._loaded().run(images)
 
     def _loaded(self) -> OnnxBackend:
@@ -197,6 +225,8 @@ def _check_size(axis: str, size: int, allowed: Range) -> None:
     top = size if allowed.max is None else allowed.max
     if allowed.min <= size <= top and (size - allowed.min) % allowed.step == 0:
         return
+    if allowed.min == allowed.max:
+        raise InputError(f"images: {axis} is {size}; this model is fixed at {allowed.min}")
     steps = max(0, round((min(size, top) - allowed.min) / allowed.step))
     upwards = "and more" if allowed.max is None else f"to {allowed.max}"
     raise InputError(

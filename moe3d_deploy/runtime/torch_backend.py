@@ -22,6 +22,8 @@ class TorchBackend:
     Opening it checks the checkpoint's keys and shapes; `load` reads the weights, at the latest at the first run.
     """
 
+    input_type = "float32"
+
     def __init__(
         self,
         source: str | Path,
