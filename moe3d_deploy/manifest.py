@@ -209,7 +209,7 @@ class Manifest:
 
     @property
     def only_in_tensorrt(self) -> bool:
-        """Whether the ONNX file holds bfloat16, for which ONNX Runtime has no kernels on a CPU: an engine can run it."""
+        """Whether the ONNX file holds bfloat16, for which ONNX Runtime has no kernels on a CPU: an engine runs it."""
         return self.precision.partition("-")[0] == "bf16"
 
     @property

@@ -169,7 +169,8 @@ def _fuse(tape: Tape, s: Sizes, n: int, levels: list[int], last: int | None) -> 
     """Coarse to fine. `last` is the coarsest level before its own convolution, alive until this returns."""
     f = s.config.dpt_head.features
     sizes = [*s.levels[::-1], (2 * s.levels[0][0], 2 * s.levels[0][1])]
-    x, skip = levels.pop(), None
+    x = levels.pop()
+    skip: int | None = None
     for here, after in zip(sizes, sizes[1:], strict=False):
         joined = None if skip is None else _residual(tape, n, f, here, join=True)
         unit = _residual(tape, n, f, here)
