@@ -8,7 +8,8 @@ from moe3d_deploy.bundle_staging import leftovers
 from moe3d_deploy.errors import BundleError
 from moe3d_deploy.external_data import external_locations
 from moe3d_deploy.files import sha256_file
-from moe3d_deploy.manifest import MANIFEST_NAME, MAX_BYTES, FileEntry, Manifest
+from moe3d_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest
+from moe3d_deploy.strict_json import MAX_BYTES
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -5,20 +5,19 @@ It knows the fields and their rules (docs/bundle.md) and opens no file; `bundle`
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from moe3d_deploy import strict_json
 from moe3d_deploy.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
 from moe3d_deploy.errors import BundleError, InputError
+from moe3d_deploy.strict_json import MAX_DEPTH, show
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-MAX_BYTES = 16 << 20
-MAX_DEPTH = 32  # nested objects and lists, the outermost counted
 BUILDERS = ("tensorrt", "tensorrt-rtx")
 
 _T = TypeVar("_T")
@@ -26,7 +25,6 @@ _NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -36,12 +34,12 @@ def check_name(name: str, what: str) -> None:
     Relative, parts joined by `/`, each of ASCII letters, digits and `_ . + -`, starting with none of `. + -`.
     """
     parts = name.split("/")
-    _require(not _ABSOLUTE.match(name), what, f"{_show(name)} is an absolute path")
-    _require("\\" not in name, what, f"{_show(name)} has a backslash")
-    _require(".." not in parts, what, f"{_show(name)} leads out of its folder by '..'")
-    _require("" not in parts, what, f"{_show(name)} has an empty part")
+    _require(not _ABSOLUTE.match(name), what, f"{show(name)} is an absolute path")
+    _require("\\" not in name, what, f"{show(name)} has a backslash")
+    _require(".." not in parts, what, f"{show(name)} leads out of its folder by '..'")
+    _require("" not in parts, what, f"{show(name)} has an empty part")
     good = all(_NAME_PART.fullmatch(part) for part in parts)
-    _require(good, what, f"{_show(name)} is no file name of a bundle (ASCII letters, digits and _ . + -)")
+    _require(good, what, f"{show(name)} is no file name of a bundle (ASCII letters, digits and _ . + -)")
     _require(name != MANIFEST_NAME, what, f"{name} cannot be the manifest itself")
 
 
@@ -102,10 +100,10 @@ class Tensor:
     meaning: str
 
     def __post_init__(self) -> None:
-        _require(self.dtype in ("float32", "uint8"), "dtype", f"must be float32 or uint8, not {_show(self.dtype)}")
+        _require(self.dtype in ("float32", "uint8"), "dtype", f"must be float32 or uint8, not {show(self.dtype)}")
         for size in self.shape:
             good = size > 0 if isinstance(size, int) else bool(_SYMBOL.fullmatch(size))
-            _require(good, "shape", f"has {_show(size)}, neither a symbol nor a positive number")
+            _require(good, "shape", f"has {show(size)}, neither a symbol nor a positive number")
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ class EngineRecord:
 
     def __post_init__(self) -> None:
         check_name(self.file, "file")
-        _require(self.file.startswith("engines/"), "file", f"must lie in engines/, not {_show(self.file)}")
+        _require(self.file.startswith("engines/"), "file", f"must lie in engines/, not {show(self.file)}")
         _require(self.builder in BUILDERS, "builder", f"must be one of {', '.join(BUILDERS)}")
         _require(bool(self.compute_capabilities), "compute_capabilities", "must not be empty")
         _require(min(self.compute_capabilities) > 0, "compute_capabilities", "must be positive")
@@ -221,8 +219,8 @@ class Manifest:
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> "Manifest":
         """Read and check the JSON form; whatever is wrong with `text` is a BundleError that names `source`."""
         try:
-            values = _parse(text)
-        except BundleError as error:
+            values = strict_json.parse(text.encode("utf-8", "surrogatepass"))
+        except strict_json.JsonError as error:
             raise BundleError(f"{source} {error}; copy the bundle again or export it again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if type(version) is int and version != FORMAT_VERSION:
@@ -245,8 +243,8 @@ class Manifest:
         except RecursionError:
             raise BundleError(f"{MANIFEST_NAME} is nested more than {MAX_DEPTH} deep") from None
         try:
-            _check_values(values)
-        except BundleError as error:
+            strict_json.check_values(values)
+        except strict_json.JsonError as error:
             raise BundleError(f"{MANIFEST_NAME} {error}") from None
         text = json.dumps(values, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         Manifest.from_json(text)
@@ -265,11 +263,11 @@ class Manifest:
             _require(len({tensor.name for tensor in tensors}) == len(tensors), kind, "has a name twice")
         _require("/" not in self.model_file, "model_file", "must lie in the bundle folder itself")
         _require(self.model_file.endswith(".onnx"), "model_file", "must end in .onnx")
-        _require(self.model_file in self.files, "model_file", f"{_show(self.model_file)} is not among the files")
+        _require(self.model_file in self.files, "model_file", f"{show(self.model_file)} is not among the files")
         engines = [engine.file for engine in self.engines]
         _require(len(set(engines)) == len(engines), "engines", "has a file twice")
         for name in engines:
-            _require(name in self.files, "engines", f"{_show(name)} is not among the files")
+            _require(name in self.files, "engines", f"{show(name)} is not among the files")
 
 
 def _require(condition: bool, key: str, rule: str) -> None:
@@ -277,76 +275,14 @@ def _require(condition: bool, key: str, rule: str) -> None:
         raise BundleError(f"{key} {rule}")
 
 
-def _parse(text: str) -> Any:
-    """JSON without the liberties of Python's reader: no NaN, no duplicate keys, bounded size, depth and numbers."""
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_BYTES:
-        raise BundleError(f"has {size} bytes, more than {MAX_BYTES}")
-    try:
-        values = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
-    except RecursionError:
-        raise BundleError(f"is nested more than {MAX_DEPTH} deep") from None
-    except ValueError as error:
-        raise BundleError(f"is not JSON: {error}") from None
-    _check_values(values)
-    return values
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise BundleError(f"has the key {_show(key)} twice")
-        values[key] = value
-    return values
-
-
-def _constant(text: str) -> Any:
-    raise BundleError(f"has {text}, which JSON does not allow")
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20:  # longer than any 64-bit integer; int() itself takes quadratic time
-        raise BundleError("has an integer beyond 64 bits")
-    return int(text)
-
-
-def _check_values(values: Any) -> None:
-    """Only finite numbers, 64-bit integers and UTF-8 strings, at most MAX_DEPTH deep. Level by level, not recursive."""
-    level, depth = [values], 0
-    while level:
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, (dict, list, tuple)):
-                if depth == MAX_DEPTH:
-                    raise BundleError(f"is nested more than {MAX_DEPTH} deep")
-                below += value
-                if isinstance(value, dict):
-                    if not all(isinstance(key, str) for key in value):
-                        raise BundleError("has a key that is not a string")
-                    below += value.values()
-            elif isinstance(value, str):
-                if _SURROGATE.search(value):
-                    raise BundleError(f"has a string that is not Unicode text: {_show(value)}")
-            elif isinstance(value, float):
-                if not math.isfinite(value):
-                    raise BundleError("has a number that is not finite")
-            elif isinstance(value, int):
-                if not -(2**63) <= value < 2**63:
-                    raise BundleError("has an integer beyond 64 bits")
-            elif value is not None:
-                raise BundleError(f"cannot hold a {type(value).__name__}")
-        level, depth = below, depth + 1
-
-
 def _read(cls: type[_T], values: Any, where: str) -> _T:
     """Build dataclass `cls` from a JSON object that has exactly its fields."""
     if not isinstance(values, dict):
-        raise BundleError(f"{where or 'the top level'} must be an object, not {_show(values)}")
+        raise BundleError(f"{where or 'the top level'} must be an object, not {show(values)}")
     hints = typing.get_type_hints(cls)
     prefix = where + "." if where else ""
     for key in values:
-        _require(key in hints, f"{prefix}{_show(key)}", "is unknown")
+        _require(key in hints, f"{prefix}{show(key)}", "is unknown")
     for key in hints:
         _require(key in values, prefix + key, "is missing")
     arguments = {key: _convert(hint, values[key], prefix + key) for key, hint in hints.items()}
@@ -367,27 +303,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _read(typing.cast(type, hint), value, where)
     if origin is tuple:
-        _require(isinstance(value, list), where, f"must be a list, not {_show(value)}")
+        _require(isinstance(value, list), where, f"must be a list, not {show(value)}")
         kinds = items[:1] * len(value) if items[-1] is ... else items
         _require(len(value) == len(kinds), where, f"must have {len(kinds)} entries, not {len(value)}")
         return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
-        _require(isinstance(value, dict), where, f"must be an object, not {_show(value)}")
+        _require(isinstance(value, dict), where, f"must be an object, not {show(value)}")
         if items[1] is Any:
             return value
-        return {_convert(str, k, where): _convert(items[1], v, f"{where}[{_show(k)}]") for k, v in value.items()}
+        return {_convert(str, k, where): _convert(items[1], v, f"{where}[{show(k)}]") for k, v in value.items()}
     if hint is float and type(value) is int:
         value = float(value)
-    _require(type(value) is hint, where, f"must be {hint.__name__}, not {_show(value)}")
+    _require(type(value) is hint, where, f"must be {hint.__name__}, not {show(value)}")
     if hint is str:
         good = value != "" and not _CONTROL.search(value)
-        _require(good, where, f"must be non-empty text without control characters, not {_show(value)}")
+        _require(good, where, f"must be non-empty text without control characters, not {show(value)}")
     return value
-
-
-def _show(value: Any) -> str:
-    """A short form of any value for a message, on one line."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = "null" if value is None else ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -13,7 +13,8 @@ from manifests import ENGINE, example_engine
 
 from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.errors import BundleError, InputError
-from moe3d_deploy.manifest import MANIFEST_NAME, MAX_BYTES
+from moe3d_deploy.manifest import MANIFEST_NAME
+from moe3d_deploy.strict_json import MAX_BYTES
 
 pytest_plugins = ["bundle_fixtures"]
 

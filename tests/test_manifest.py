@@ -13,14 +13,8 @@ from manifests import ENGINE, example_engine, example_manifest
 
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import BundleError
-from moe3d_deploy.manifest import (
-    FORMAT_VERSION,
-    MAX_BYTES,
-    MAX_DEPTH,
-    FileEntry,
-    Manifest,
-    Verification,
-)
+from moe3d_deploy.manifest import FORMAT_VERSION, FileEntry, Manifest, Verification
+from moe3d_deploy.strict_json import MAX_BYTES, MAX_DEPTH
 
 
 def example_json() -> dict[str, Any]:
