@@ -61,3 +61,10 @@ def read_points(path: Path) -> Any:
 def read_png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def turned_second_camera(batch: ImageBatch) -> Arrays:
+    """`random_result` with the second camera turned by 90 degrees about y and shifted."""
+    arrays = random_result(batch)
+    arrays["extrinsics"][1] = [[0, 0, 1, 0.5], [0, 1, 0, -0.25], [-1, 0, 0, 2]]
+    return arrays

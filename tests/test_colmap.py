@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scenes import Arrays, random_result, two_photographs
+from scenes import Arrays, random_result, turned_second_camera, two_photographs
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.geometry import project
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.outputs import OutputOptions, write_scene
 from moe3d_deploy.runtime.thinning import VoxelSize
+
+pytest_plugins = ["scene_fixtures"]
 
 MODEL = Path("sparse") / "0"
 
@@ -90,16 +92,9 @@ def read_text(folder: Path) -> Model:
 
 
 @pytest.fixture
-def batch(tmp_path: Path) -> ImageBatch:
-    return two_photographs(tmp_path)
-
-
-@pytest.fixture
 def result(batch: ImageBatch) -> Arrays:
     """Two cameras; the second is turned by 90 degrees about y and shifted."""
-    arrays = random_result(batch)
-    arrays["extrinsics"][1] = [[0, 0, 1, 0.5], [0, 1, 0, -0.25], [-1, 0, 0, 2]]
-    return arrays
+    return turned_second_camera(batch)
 
 
 @pytest.fixture

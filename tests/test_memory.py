@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe3d_deploy.benchmarks import activation_memory
 from moe3d_deploy.config import PRESETS, ModelConfig, MoeConfig
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
@@ -24,14 +25,7 @@ from moe3d_deploy.model import MoE3D
 from moe3d_deploy.tape import Tape
 
 TINY, MOE3D_1B = PRESETS["moe3d-tiny"], PRESETS["moe3d-1b"]
-FEW_LAYERS = dataclasses.replace(  # as wide as moe3d-1b
-    MOE3D_1B,
-    vit=dataclasses.replace(MOE3D_1B.vit, depth=2),
-    aggregator=dataclasses.replace(MOE3D_1B.aggregator, depth=4),
-    camera_head=dataclasses.replace(MOE3D_1B.camera_head, trunk_depth=1),
-    dpt_head=dataclasses.replace(MOE3D_1B.dpt_head, intermediate_layer_idx=(0, 1, 2, 3)),
-    point_head=False,
-)
+FEW_LAYERS = activation_memory.MODELS["moe3d-1b with 4 layers"]
 ODD = dataclasses.replace(
     TINY,
     moe=MoeConfig(num_experts=3, hidden_channels=16, gate_hidden_channels=24),
@@ -103,13 +97,7 @@ def test_eager_equals_what_the_allocator_of_pytorch_hands_out() -> None:
     model, images = MoE3D(TINY).eval().requires_grad_(False), torch.rand(1, 8, 3, 252, 252)
     with torch.no_grad():
         model(images)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            model(images)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+        peak = activation_memory.allocated(lambda: model(images))
 
     assert activation_bytes(TINY, (1, 8, 252, 252), form="eager") == pytest.approx(peak, rel=0.02)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scenes import Arrays, random_result, read_cameras, read_png, two_photographs
+from scenes import Arrays, read_cameras, read_png
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.geometry import project, unproject
 from moe3d_deploy.images import ImageBatch, ViewMapping, load_images
 from moe3d_deploy.runtime.original import EDGE_RATIO, to_original
 from moe3d_deploy.runtime.outputs import OutputOptions, write_scene
+
+pytest_plugins = ["scene_fixtures"]
 
 # A camera off the origin that looks along its own z, and a slanted plane n X = d before it, all in world units.
 POSE = np.array([[0.8, 0, 0.6, 0.3], [0, 1, 0, -0.2], [-0.6, 0, 0.8, 0.5]])
@@ -182,16 +184,6 @@ def test_a_photograph_too_large_is_refused() -> None:
 
 
 # ---- the files
-
-
-@pytest.fixture
-def batch(tmp_path: Path) -> ImageBatch:
-    return two_photographs(tmp_path)
-
-
-@pytest.fixture
-def result(batch: ImageBatch) -> Arrays:
-    return random_result(batch)
 
 
 def test_pngs_and_arrays_have_the_photographs_sizes(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:

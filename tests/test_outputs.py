@@ -4,22 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes import EXPERTS, Arrays, random_result, read_cameras, read_png, read_points, two_photographs
+from scenes import EXPERTS, Arrays, read_cameras, read_png, read_points
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.colormaps import palette
 from moe3d_deploy.runtime.outputs import OutputOptions, write_scene
 
-
-@pytest.fixture
-def batch(tmp_path: Path) -> ImageBatch:
-    return two_photographs(tmp_path)
-
-
-@pytest.fixture
-def result(batch: ImageBatch) -> Arrays:
-    return random_result(batch)
+pytest_plugins = ["scene_fixtures"]
 
 
 def test_every_file_of_a_scene_is_written_and_listed(result: Arrays, batch: ImageBatch, tmp_path: Path) -> None:

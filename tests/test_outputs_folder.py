@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scenes import Arrays, random_result, read_cameras, two_photographs
+from scenes import Arrays, read_cameras
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.files import exclusive_lock
@@ -21,15 +21,7 @@ from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime import output_folder
 from moe3d_deploy.runtime.outputs import write_scene
 
-
-@pytest.fixture
-def batch(tmp_path: Path) -> ImageBatch:
-    return two_photographs(tmp_path)
-
-
-@pytest.fixture
-def result(batch: ImageBatch) -> Arrays:
-    return random_result(batch)
+pytest_plugins = ["scene_fixtures"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

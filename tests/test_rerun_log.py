@@ -7,25 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scenes import Arrays, random_result, two_photographs
+from scenes import Arrays, turned_second_camera
 
 from moe3d_deploy.errors import InputError, MissingExtraError, Moe3dError
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime.outputs import OutputOptions, check_formats, write_scene
 
+pytest_plugins = ["scene_fixtures"]
+
 needs_rerun = pytest.mark.skipif(importlib.util.find_spec("rerun") is None, reason="rerun is not installed")
 
 
 @pytest.fixture
-def batch(tmp_path: Path) -> ImageBatch:
-    return two_photographs(tmp_path)
-
-
-@pytest.fixture
 def result(batch: ImageBatch) -> Arrays:
-    arrays = random_result(batch)
-    arrays["extrinsics"][1] = [[0, 0, 1, 0.5], [0, 1, 0, -0.25], [-1, 0, 0, 2]]
-    return arrays
+    return turned_second_camera(batch)
 
 
 def read_recording(path: Path) -> dict[str, dict[str, Any]]:
