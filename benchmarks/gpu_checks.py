@@ -164,8 +164,8 @@ def command(out: Path, names: tuple[str, ...], bundle: Path | None, revision: st
     chosen = _choose(names)
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: folder {out.parent} does not exist; create it")
-    if bundle:
-        Bundle.open(bundle)
+    if bundle and (kind := Bundle.open(bundle).manifest.inputs[0].dtype) != "float32":
+        raise InputError(f"--bundle {bundle} takes {kind} images and the checks give float32: export without --input")
     facts = environment(revision=revision)
     if not facts["gpus"]:
         raise InputError("these checks need an NVIDIA GPU and its driver, and none is visible; run them where one is")

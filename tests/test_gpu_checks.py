@@ -3,6 +3,7 @@
 The checks here are those of fake_gpu_checks.py; no GPU is needed.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from manifests import example_manifest
 
 from moe3d_deploy.benchmarks import gpu_checks
 from moe3d_deploy.benchmarks.checks import Check
 from moe3d_deploy.benchmarks.gpu_checks import CHECKS, exit_code, main, run_checks, table
+from moe3d_deploy.bundle import BundleWriter
+from moe3d_deploy.manifest import Tensor
 
 
 def fake(name: str, limit: float = 60.0) -> Check:
@@ -221,6 +225,17 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(
     assert main(arguments) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_takes_pixels_is_refused(
+    with_fake_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = Tensor("images", "uint8", ("B", "S", "H", "W", 3), "RGB")
+    with BundleWriter(tmp_path / "pixels") as writer:
+        (writer.folder / "model.onnx").write_bytes(b"")
+        writer.commit(dataclasses.replace(example_manifest(), inputs=(images,)))
+    assert main(["--out", str(tmp_path / "gpu.json"), "--bundle", str(tmp_path / "pixels")]) == 2
+    assert "pixels takes uint8 images and the checks give float32: export" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_the_command_with_130(

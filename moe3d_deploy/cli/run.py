@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from moe3d_deploy.cli.arguments import comma_list
 from moe3d_deploy.cli.run_inputs import check_scenes, input_options, read_views, remove_other_scenes, scene_folders
 from moe3d_deploy.cli.run_outputs import depth_line, output_options, parse_outputs, print_json_lines
 
@@ -72,7 +73,7 @@ def run_command(
     session = Session.open(
         source,
         backend=backend,
-        outputs=[name.strip() for name in outputs.split(",") if name.strip()],
+        outputs=comma_list(outputs),
         seed=seed,
         allow_pickle=allow_pickle,
         view_chunk=view_chunk,
