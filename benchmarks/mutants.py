@@ -31,7 +31,7 @@ EQUIVALENTS = ROOT / "benchmarks" / "mutants.json"
 _OF_BUNDLES = ("test_bundle_open.py", "test_bundle_write.py", "test_bundle_engines.py")
 TARGETS = {
     "geometry": ("test_geometry.py",),
-    "costs": ("test_costs*.py",),
+    "costs": ("test_cost*.py",),
     "bundle": _OF_BUNDLES,
     "bundle_files": _OF_BUNDLES,
     "external_data": ("test_external_data.py", "test_bundle_open.py"),
