@@ -61,6 +61,7 @@ track_dependencies=false
 _QUICK = "not (exported_file or counter_over or merged_experts_do_as_much or counter_gives_for_its_modules)"
 _KILLED = {1, 3}  # pytest's exit codes; what mutmut writes for the rest is in its `stats` module
 _SURVIVED = {0, 5, 33}  # passed, or no test came along there
+_STOPPED = {36, 24, -24, 152, 255, 37, -9, -11}  # too slow, crashed, or caught by types: noticed as well
 
 
 @click.command()
@@ -106,6 +107,8 @@ def measure(module: str, jobs: int) -> dict[str, Any]:
         if not codes or None in codes.values():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
             raise Moe3dError(f"{module}: mutmut did not get to the end: {last[0] if last else 'no message'}")
+        if unknown := {code for code in codes.values() if code not in _KILLED | _SURVIVED | _STOPPED}:
+            raise Moe3dError(f"{module}: mutmut left changes untried (codes {sorted(map(str, unknown))}); run it again")
         survivors = [_change(copy, name) for name, code in codes.items() if code in _SURVIVED]
     known = json.loads(EQUIVALENTS.read_text(encoding="utf-8")).get(module, [])
     reasons = {(e["function"], e["before"], after): e["reason"] for e in known for after in e["after"]}

@@ -110,10 +110,13 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
         )
     if builder == "auto":
         installed = trt.available()
-        if "tensorrt" in installed and trt.visible_gpus() and _knows(installed["tensorrt"], opset):
+        usable = "tensorrt" in installed and bool(trt.visible_gpus())
+        if usable and _knows(installed["tensorrt"], opset):
             builder = "tensorrt"
         elif "tensorrt-rtx" in installed:
             builder = "tensorrt-rtx"
+        elif usable:
+            builder = "tensorrt"  # which is refused below, with the reason
         else:
             reason = "TensorRT is installed but sees no GPU" if installed else "TensorRT is not installed"
             raise EngineError(f"{reason}; build without a GPU with TensorRT-RTX: pip install 'moe3d-deploy[rtx]'")

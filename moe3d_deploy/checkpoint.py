@@ -67,7 +67,8 @@ __all__ = [
 
 _POINT_HEAD = "point_head."
 _LOCK_FILE = ".checkpoint.lock"
-_PARTIAL = re.compile(r"\.(config\.partial-[0-9a-f]{8}\.json|model\.partial-[0-9a-f]{8}\.safetensors)")
+_CONFIG_PARTIAL = re.compile(r"\.config\.partial-[0-9a-f]{8}\.json")
+_PARTIAL = re.compile(rf"{_CONFIG_PARTIAL.pattern}|\.model\.partial-[0-9a-f]{{8}}\.safetensors")
 
 
 def open_checkpoint(
@@ -99,6 +100,10 @@ def open_checkpoint(
     if os.path.lexists(place.config):  # a link to nowhere is no config that is left out
         stored_config, notes = read_config(place.config)
         config = config or stored_config
+    elif left := [entry.name for entry in place.config.parent.iterdir() if _CONFIG_PARTIAL.fullmatch(entry.name)]:
+        raise CheckpointError(
+            f"{path}: its writer was killed just before its {CONFIG_FILE} had its name; rename {left[0]} to it"
+        )
     file = _open_file(place, allow_pickle)
     prefix = common_prefix(file.shapes())
     shapes = model_part(file.shapes(), prefix)
@@ -245,7 +250,8 @@ def _read_finite(
             break
     listed = "; ".join(f"tensor {key!r} {fault}" for key, fault in list(faults.items())[:SHOWN])
     more = "; and more" if len(faults) > SHOWN else ""
-    damaged = any(fault == _NOT_FINITE for fault in faults.values())
+    # What float32 cannot hold is no weight either, whatever type it is stored in.
+    damaged = any(fault == _NOT_FINITE or dtype_of(key) is torch.float32 for key, fault in faults.items())
     remedy = "use undamaged weights" if damaged else "use float32"
     raise CheckpointError(f"{source.name}: {listed}{more}; {remedy}")
 

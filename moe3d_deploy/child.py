@@ -132,6 +132,8 @@ def _converse(child: "subprocess.Popen[str]", request: dict[str, Any], on_event:
     except BrokenPipeError:
         pass  # it died before reading; what it wrote says why
     for line in child.stdout:  # type: ignore[union-attr]
+        if not line.endswith("\n"):
+            break  # it died in the middle of a message
         message = json.loads(line)
         if "event" not in message:
             outcome = message

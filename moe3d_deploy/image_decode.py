@@ -68,7 +68,7 @@ def decode_image(data: bytes, label: str, exif: Exif = "apply") -> Image.Image:
 def count_frames(data: bytes, label: str) -> int:
     """How many frames or pages an image file has. Raises InputError as `decode_image` does."""
     with _opened(data, label) as image:
-        return int(image.n_frames) if _is_sequence(image) else 1
+        return int(getattr(image, "n_frames", 1)) if _is_sequence(image) else 1
 
 
 def decode_frames(data: bytes, label: str, numbers: Sequence[int], exif: Exif = "apply") -> Iterator[Image.Image]:

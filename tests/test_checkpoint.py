@@ -178,6 +178,14 @@ def test_values_beyond_float16_are_refused_there_and_nowhere_else(edited: Callab
     load_model(source, dtype_of=lambda _: torch.bfloat16)
 
 
+def test_a_value_beyond_float32_is_damage(edited: Callable[..., Path]) -> None:
+    def enlarge(weights: dict[str, torch.Tensor]) -> None:
+        weights[GAMMA] = weights[GAMMA].double().fill_(1e300)
+
+    with pytest.raises(CheckpointError, match=r"reaches 1e\+300, too large for torch.float32; use undamaged weights$"):
+        load_model(open_checkpoint(edited(enlarge)))
+
+
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_any_type_load_as_any_type(

@@ -141,6 +141,16 @@ def test_a_save_stopped_between_its_two_files_leaves_no_config_of_other_weights(
         open_checkpoint(folder)
 
 
+def test_weights_whose_config_has_not_got_its_name_are_refused(folder: Path) -> None:
+    """A writer killed between its two renames; the sizes alone would not tell the heads and the temperature."""
+    (folder / "config.json").rename(folder / ".config.partial-0123abcd.json")
+
+    with pytest.raises(
+        CheckpointError, match=r"its writer was killed .*; rename \.config\.partial-0123abcd\.json to it"
+    ):
+        open_checkpoint(folder)
+
+
 def test_one_process_writes_at_a_time(small: WeightSource, folder: Path) -> None:
     with (
         exclusive_lock(folder / ".checkpoint.lock"),

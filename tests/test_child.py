@@ -191,6 +191,19 @@ def test_a_child_that_dies_is_the_callers_failure_in_one_line(request_: dict[str
     assert str(caught.value) == line
 
 
+def dies_in_a_message(request: dict[str, Any], emit: child.Emit) -> dict[str, Any]:
+    """Half a line to the parent, as a child that is killed while it writes a long result leaves it."""
+    pipes = [fd for fd in range(16) if os.path.realpath(f"/proc/self/fd/{fd}").rpartition("/")[2].startswith("pipe:")]
+    os.write(max(pipes), b'{"result": {"headroom": [0.1, 0.')
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def test_half_a_message_is_the_death_it_was_cut_off_by() -> None:
+    with pytest.raises(ExportError, match="dies_in_a_message was killed; the machine probably ran out of memory"):
+        run_in_child(here("dies_in_a_message"), {}, failure=ExportError)
+
+
 @pytest.mark.parametrize(
     ("function", "line"),
     [

@@ -57,6 +57,13 @@ def test_a_preset_is_written_with_its_experts(tmp_path: Path, capsys: pytest.Cap
     assert "experts      4, kept as they are\n" in capsys.readouterr().out
 
 
+def test_noise_for_experts_that_are_kept_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "moe3d-tiny", "-o", str(tmp_path / "tiny"), "--noise", "0.1"]) == 2
+
+    assert "moe3d-tiny has experts, which are kept as they are, so --noise has no meaning" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

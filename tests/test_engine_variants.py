@@ -119,6 +119,9 @@ def test_a_tensorrt_that_does_not_know_the_opset_is_refused(gpu_with_tensorrt: d
         "TensorRT 10.3.0.26 does not know opset 23, whose attention operator came with 10.14: update it, or export "
         "with --opset 20"
     )
+    del gpu_with_tensorrt["tensorrt-rtx"]
+    with pytest.raises(EngineError, match=r"^TensorRT 10.3.0.26 does not know opset 23"):
+        resolve_builder("auto", opset=23)
     gpu_with_tensorrt["tensorrt"] = "10.14.1.48"
     assert resolve_builder("tensorrt", opset=23) == "tensorrt"
 

@@ -93,6 +93,8 @@ def convert_command(
         weights = checkpoint.convert_to_moe(
             opened, num_experts=experts, noise=noise, seed=seed, temperature=temperature
         )
+        if weights is opened and context.get_parameter_source("noise") is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{opened.name} has experts, which are kept as they are, so --noise has no meaning")
     values = sum(math.prod(shape) for shape in weights.shapes().values())
     click.echo(f"checkpoint   {opened.name} ({opened.origin})")
     click.echo(f"licence      {opened.licence}")

@@ -247,4 +247,5 @@ def _finish(bundle: Bundle, report: dict[str, Any], progress: Progress, as_json:
         click.echo(json.dumps(report, indent=2, sort_keys=True))
         return
     progress.line("bundle", f"{bundle.path}: {len(files)} files, {size / 1e6:.1f} MB")
-    click.echo(f"moe3d run {bundle.path} IMAGES... -o out")
+    only_engines = bundle.manifest.only_in_tensorrt  # `moe3d run` takes the ONNX file
+    click.echo(f"moe3d doctor {bundle.path}" if only_engines else f"moe3d run {bundle.path} IMAGES... -o out")
