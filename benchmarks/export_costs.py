@@ -38,11 +38,12 @@ def main(out: Path, only: tuple[str, ...], workdir: Path | None) -> None:
     for case in only or CASES:
         click.echo(f"{case} ...", err=True)
         model, precision = case.split(":")
-        rows[case] = _measure(model, precision, workdir)
+        facts = environment()
+        rows[case] = {**_measure(model, precision, workdir), "revision": facts["git"]["revision"]}
         if "failed" in rows[case]:
             failed.append(f"{case}: {rows[case]['failed']}")
         ordered = [rows[name] for name in CASES if name in rows]
-        report = {"format_version": 1, "environment": environment(), "rows": ordered}
+        report = {"format_version": 1, "environment": facts, "rows": ordered}
         atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode("utf-8"))
     if failed:
         raise Moe3dError("; ".join(failed))

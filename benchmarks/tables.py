@@ -50,8 +50,8 @@ def export_costs(report: dict[str, Any]) -> str:
     """Sizes, times, peaks and errors of exports."""
     header = (
         "| model | precision | export | verify | engine | peak (export / verify / engine) | ONNX | engine size "
-        "| depth error max / mean |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| depth error max / mean | revision |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     )
     return "\n".join([*header, *map(_export_row, report["rows"]), "", _machine(report)])
 
@@ -59,7 +59,7 @@ def export_costs(report: dict[str, Any]) -> str:
 def _export_row(row: dict[str, Any]) -> str:
     label = f"| {row['model']} | {row['precision']} "
     if "failed" in row:
-        return f"{label}| failed: {row['failed']} | | | | | | |"
+        return f"{label}| failed: {row['failed']} | | | | | | | {row['revision'][:12]} |"
     stages, engine = row["stages"], row["engine"]
     checks = [cost for name, cost in stages.items() if name != "export"]
     peaks = (stages["export"]["peak_bytes"], max(c["peak_bytes"] for c in checks), engine["peak_bytes"])
@@ -69,7 +69,7 @@ def _export_row(row: dict[str, Any]) -> str:
         f"{label}| {stages['export']['seconds']:.0f} s | {sum(c['seconds'] for c in checks):.0f} s "
         f"| {engine['seconds']:.0f} s | {' / '.join(f'{p / 1e9:.1f}' for p in peaks)} GB | {onnx / 1e6:.0f} MB "
         f"| {engine['plan_bytes'] / 1e6:.0f} MB "
-        f"| {max(d['max'] for d in depth):.1e} / {max(d['mean'] for d in depth):.1e} |"
+        f"| {max(d['max'] for d in depth):.1e} / {max(d['mean'] for d in depth):.1e} | {row['revision'][:12]} |"
     )
 
 
