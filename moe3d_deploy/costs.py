@@ -46,40 +46,59 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The counts that the formulas are written in. `patches` P, `coarse` Q, `pixels`: of one view."""
+    """The counts that formulas are written in: B scenes of S views of H x W pixels, cut into patches.
 
+    `patches` P, `coarse` Q, `pixels`, `tokens` and `levels` are of one view.
+    """
+
+    config: ModelConfig
     batch: int
     views: int
-    grid_h: int
-    grid_w: int
-    patch: int
+    height: int
+    width: int
 
     @classmethod
     def of(cls, config: ModelConfig, shape: Shape4) -> "Sizes":
-        """Of B scenes of S views of height x width pixels. Raises InputError for a shape that the model cannot take."""
+        """Of a shape (B, S, H, W). Raises InputError for one that the model cannot take."""
         check_shape(config, shape)
-        batch, views, height, width = shape
-        return cls(batch, views, height // config.patch_size, width // config.patch_size, config.patch_size)
+        return cls(config, *shape)
 
     @property
     def images(self) -> int:
+        """All views of all scenes, N."""
         return self.batch * self.views
 
     @property
-    def patches(self) -> int:
-        return self.grid_h * self.grid_w
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.height // self.config.patch_size, self.width // self.config.patch_size
 
     @property
-    def coarse(self) -> int:
-        """Pixels of the dense heads' coarsest level, half the patch grid rounded up."""
-        return math.ceil(self.grid_h / 2) * math.ceil(self.grid_w / 2)
+    def patches(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def pixels(self) -> int:
-        return self.patches * self.patch**2
+        return self.height * self.width
 
-    def tokens(self, registers: int) -> int:
-        """Tokens of a view: one class or camera token, the registers, the patches."""
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the dense heads' four levels, the finest first: 4, 2, 1 and 1/2 times the grid."""
+        rows, columns = self.grid
+        return [(4 * rows, 4 * columns), (2 * rows, 2 * columns), self.grid, (-(-rows // 2), -(-columns // 2))]
+
+    @property
+    def coarse(self) -> int:
+        """Pixels of the dense heads' coarsest level."""
+        return math.prod(self.levels[-1])
+
+    @property
+    def tokens(self) -> int:
+        """In the aggregator, T."""
+        return self.tokens_with(self.config.aggregator.num_register_tokens)
+
+    def tokens_with(self, registers: int) -> int:
+        """One class or camera token, the registers, the patches."""
         return 1 + registers + self.patches
 
 
@@ -133,7 +152,7 @@ def position_embedding_flops(config: ModelConfig, height: int, width: int) -> in
     PyTorch model or the ONNX graph sees them.
     """
     sizes, stored = Sizes.of(config, (1, 1, height, width)), config.pos_embed_grid
-    return 2 * config.vit.embed_dim * (sizes.grid_h * stored * stored + sizes.patches * stored)
+    return 2 * config.vit.embed_dim * (sizes.grid[0] * stored * stored + sizes.patches * stored)
 
 
 def expert_share(config: ModelConfig, views: int, height: int, width: int) -> float:
@@ -154,10 +173,18 @@ def parameters(config: ModelConfig, *, point_head: bool | None = None) -> dict[s
     return counts | {"total": sum(counts.values())}
 
 
+def parameters_by_type(config: ModelConfig, type_of: TypeOf, *, point_head: bool | None = None) -> dict[str, int]:
+    """Values in the weights per type, when each parameter has the type that `type_of` gives to its name."""
+    counts: dict[str, int] = {}
+    for name, shape in parameter_shapes(config, point_head=point_head).items():
+        counts[type_of(name)] = counts.get(type_of(name), 0) + math.prod(shape)
+    return counts
+
+
 def weight_bytes(config: ModelConfig, type_of: TypeOf = all_float32, *, point_head: bool | None = None) -> int:
     """Bytes of the weights when each parameter has the type that `type_of` gives to its name."""
-    shapes = parameter_shapes(config, point_head=point_head)
-    return sum(math.prod(shape) * BYTES[type_of(name)] for name, shape in shapes.items())
+    counts = parameters_by_type(config, type_of, point_head=point_head)
+    return sum(BYTES[kind] * count for kind, count in counts.items())
 
 
 def traffic_bytes(
@@ -167,14 +194,15 @@ def traffic_bytes(
 
     Weights are read once, images once, depth and confidence are written once. What passes from one transformer block or
     stage of a dense head (a component of `flops`) to the next is written once and read once by each of its readers;
-    inside a block or stage everything stays on the chip. The camera head's tokens are too few to count.
+    inside a block or stage everything stays on the chip. The camera head's tokens are too few to count. Images count as
+    float32; a bundle that takes uint8 reads a quarter of that.
     """
     sizes, heads = Sizes.of(config, shape), _heads(config, point_head)
     total = weight_bytes(config, type_of, point_head=point_head)
     total += sizes.images * sizes.pixels * BYTES["float32"] * _IMAGE_CHANNELS
     for name, depth, registers in _trunk(config):
-        stream = sizes.images * sizes.tokens(registers) * config.vit.embed_dim * BYTES[type_of(f"{name}.0.ls1.gamma")]
-        total += 2 * depth * stream
+        values = sizes.images * sizes.tokens_with(registers) * config.vit.embed_dim
+        total += 2 * depth * values * BYTES[type_of(f"{name}.0.ls1.gamma")]
     kept = len(set(config.dpt_head.intermediate_layer_idx))
     for head in heads:
         levels = kept * sizes.patches * config.token_dim * BYTES[type_of(f"{head}.norm.weight")]
@@ -203,11 +231,11 @@ def _heads(config: ModelConfig, point_head: bool | None) -> tuple[str, ...]:
 
 def _trunk_work(config: ModelConfig, sizes: Sizes) -> Iterator[Work]:
     vit, aggregator, dim = config.vit, config.aggregator, config.vit.embed_dim
-    patch_conv = 2 * sizes.images * sizes.patches * _IMAGE_CHANNELS * sizes.patch**2 * dim
+    patch_conv = 2 * sizes.images * sizes.patches * _IMAGE_CHANNELS * config.patch_size**2 * dim
     yield Work("encoder patch conv", "aggregator.patch_embed.patch_embed.proj.weight", patch_conv)
     hidden = {"encoder": mlp_width(vit.mlp_ratio, dim)}
     for component, (name, depth, registers) in zip(("encoder", "frame", "global"), _trunk(config), strict=True):
-        tokens = sizes.tokens(registers)
+        tokens = sizes.tokens_with(registers)
         # A global block attends over all views of a scene, the others inside each view.
         sequences, length = (sizes.batch, sizes.views * tokens) if component == "global" else (sizes.images, tokens)
         width = hidden.get(component, mlp_width(aggregator.mlp_ratio, dim))

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from moe3d_deploy.cuda_driver import Capability
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.machine import cpu_name, memory_bytes, memory_limit_bytes, usable_cores
 
@@ -30,6 +31,7 @@ class Device:
     bandwidth  bytes/s between memory and processor
     memory     bytes; a GB of a datasheet is taken for 1e9 bytes, which leaves some of it for the driver
     measured   the rates are what one library reached, not peaks: another may be quicker
+    compute_capability   (major, minor) of a GPU, as NVIDIA's list of CUDA GPUs has it; None for others and if unknown
     """
 
     name: str
@@ -39,6 +41,7 @@ class Device:
     memory: float
     source: str
     measured: bool = False
+    compute_capability: Capability | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, rates in FLOP/s and bytes/s, memory in bytes."""
@@ -50,12 +53,14 @@ class Device:
             "memory_bytes": self.memory,
             "source": self.source,
             "measured": self.measured,
+            "compute_capability": list(self.compute_capability) if self.compute_capability else None,
         }
 
 
 def _gpu(
     name: str,
     title: str,
+    capability: Capability,
     float32: float,
     tensor: float,
     bandwidth: float,
@@ -67,31 +72,31 @@ def _gpu(
     flops = {"float32": float32 * 1e12, "float16": tensor * 1e12}
     if bf16:
         flops["bfloat16"] = tensor * 1e12
-    return Device(name, title, flops, bandwidth * 1e9, memory * 1e9, source)
+    return Device(name, title, flops, bandwidth * 1e9, memory * 1e9, source, compute_capability=capability)
 
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _gpu("h200", "NVIDIA H200 SXM", 67, 989.5, 4800, 141,
+        _gpu("h200", "NVIDIA H200 SXM", (9, 0), 67, 989.5, 4800, 141,
              "NVIDIA H200 datasheet; 16 bits: half of the 1,979 TFLOPS with sparsity"),
-        _gpu("h100", "NVIDIA H100 SXM, 80 GB", 67, 989.5, 3350, 80,
+        _gpu("h100", "NVIDIA H100 SXM, 80 GB", (9, 0), 67, 989.5, 3350, 80,
              "NVIDIA H100 datasheet; 16 bits: half of the 1,979 TFLOPS with sparsity"),
-        _gpu("a100", "NVIDIA A100 SXM, 80 GB", 19.5, 312, 2039, 80,
+        _gpu("a100", "NVIDIA A100 SXM, 80 GB", (8, 0), 19.5, 312, 2039, 80,
              "NVIDIA A100 datasheet; 16 bits: 312 TFLOPS dense"),
-        _gpu("l4", "NVIDIA L4", 30.3, 121, 300, 24,
+        _gpu("l4", "NVIDIA L4", (8, 9), 30.3, 121, 300, 24,
              "NVIDIA L4 datasheet; 16 bits: half of the 242 TFLOPS with sparsity"),
-        _gpu("t4", "NVIDIA T4", 8.1, 65, 320, 16,
+        _gpu("t4", "NVIDIA T4", (7, 5), 8.1, 65, 320, 16,
              "NVIDIA T4 datasheet; 16 bits: 65 TFLOPS mixed precision; Turing has no bfloat16", bf16=False),
-        _gpu("rtx4090", "NVIDIA GeForce RTX 4090", 82.6, 165.2, 1008, 24,
+        _gpu("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 82.6, 165.2, 1008, 24,
              "NVIDIA Ada architecture whitepaper; 16 bits: dense with float32 sums; half sums are twice as fast"),
-        _gpu("rtx3090", "NVIDIA GeForce RTX 3090", 35.6, 71, 936, 24,
+        _gpu("rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 35.6, 71, 936, 24,
              "NVIDIA GA102 architecture whitepaper; 16 bits: dense with float32 sums; half sums are twice as fast"),
-        _gpu("thor", "NVIDIA Jetson Thor T5000", 8.0, 258.75, 273, 128,
+        _gpu("thor", "NVIDIA Jetson Thor T5000", (11, 0), 8.0, 258.75, 273, 128,
              "Jetson Thor datasheet; 16 bits: 1/8 of the 2,070 TFLOPS of sparse FP4; float32: 2,560 cores at 1.57 GHz"),
-        _gpu("orin", "NVIDIA Jetson AGX Orin 64GB", 5.3, 42.5, 204.8, 64,
+        _gpu("orin", "NVIDIA Jetson AGX Orin 64GB", (8, 7), 5.3, 42.5, 204.8, 64,
              "Jetson AGX Orin technical brief; 16 bits: 1/4 of the GPU's 170 TOPS of sparse INT8"),
-        _gpu("orin-nx-16", "NVIDIA Jetson Orin NX 16GB at 918 MHz", 1.88, 15, 102.4, 16,
+        _gpu("orin-nx-16", "NVIDIA Jetson Orin NX 16GB at 918 MHz", (8, 7), 1.88, 15, 102.4, 16,
              "Jetson Orin NX datasheet; 16 bits: 1/4 of the GPU's 60 TOPS of sparse INT8; MAXN SUPER mode is faster"),
     )
 }  # fmt: skip

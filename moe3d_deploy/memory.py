@@ -5,15 +5,13 @@ way their allocator does. Nothing here runs a model or needs torch.
 """
 
 from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.costs import Sizes
 from moe3d_deploy.errors import InputError
+from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.memory_compiled import record_compiled
 from moe3d_deploy.memory_eager import record_eager
-from moe3d_deploy.tape import Sizes
 
 FORMS = ("eager", "fused", "explicit")
-
-# Bytes per value of what the encoder and the aggregator, and what the dense heads compute with.
-_BYTES = {"fp32": (4, 4), "fp16": (2, 2), "fp16-fp32heads": (2, 4), "bf16": (2, 4), "bf16-fp16heads": (2, 2)}
 
 
 def activation_bytes(
@@ -32,6 +30,7 @@ def activation_bytes(
                 that it ever holds.
                 "explicit": the same engine with the attention's weights in memory, (heads, T, T) for each view and
                 (heads, S T, S T) for each scene: TensorRT-RTX in float32.
+                Both count the experts merged, and no point head.
     precision   of the weights and of what is computed with them; "eager" is float32 only
     view_chunk  "eager" only: views that the dense heads take at a time
 
@@ -39,8 +38,7 @@ def activation_bytes(
     """
     if form not in FORMS:
         raise InputError(f"form {form!r} is unknown; choose from {', '.join(FORMS)}")
-    if precision not in _BYTES:
-        raise InputError(f"precision {precision!r} is unknown; choose from {', '.join(_BYTES)}")
+    policy = PrecisionPolicy(precision)
     if form == "eager" and precision != "fp32":
         raise InputError(f"form 'eager' is float32 only, not {precision}; choose fp32, or form 'fused'")
     if form != "eager" and view_chunk is not None:
@@ -50,4 +48,4 @@ def activation_bytes(
     sizes = Sizes.of(config, shape)
     if form == "eager":
         return record_eager(sizes, view_chunk).peak()
-    return record_compiled(sizes, *_BYTES[precision], fused=form == "fused").blocks()
+    return record_compiled(sizes, policy.type_of, fused=form == "fused").blocks()

@@ -4,25 +4,30 @@ Pointwise work is part of the kernel before or after it, so only what passes bet
 layers that the builder lists; tests compare the sum with the activation memory that it reports.
 """
 
-from moe3d_deploy.memory_eager import OUTPUT_HIDDEN
-from moe3d_deploy.tape import FLOAT32, Sizes, Tape
+from moe3d_deploy.costs import BYTES, Sizes, TypeOf
+from moe3d_deploy.parameter_shapes import DEPTH_CHANNELS, OUTPUT_HIDDEN, mlp_width
+from moe3d_deploy.tape import FLOAT32, Tape
+
+_PATCH = "aggregator.patch_embed.patch_embed.proj.weight"
+_TRUNK = "aggregator.frame_blocks.0.attn.qkv.weight"
+_HEAD = "depth_head.scratch.output_conv1.weight"
 
 
-def record_compiled(sizes: Sizes, trunk: int, head: int, *, fused: bool) -> Tape:
+def record_compiled(sizes: Sizes, type_of: TypeOf, *, fused: bool) -> Tape:
     """Depth, confidence and cameras of one batch; the outputs themselves are the caller's memory, not the engine's.
 
-    trunk, head   bytes per value of what the encoder and the aggregator, or the dense head, compute with
-    fused         one kernel for each attention; else its weights are in memory
+    type_of   the type that each layer computes in, by the name of its weights
+    fused     one kernel for each attention; else its weights are in memory
     """
     tape = Tape()
-    _Recorder(tape, sizes, trunk, head, fused).run()
+    _Recorder(tape, sizes, type_of, fused).run()
     return tape
 
 
 class _Recorder:
-    def __init__(self, tape: Tape, sizes: Sizes, trunk: int, head: int, fused: bool) -> None:
+    def __init__(self, tape: Tape, sizes: Sizes, type_of: TypeOf, fused: bool) -> None:
         self.tape, self.sizes, self.fused = tape, sizes, fused
-        self.trunk, self.head = trunk, head
+        self.patch, self.trunk, self.head = (BYTES[type_of(name)] for name in (_PATCH, _TRUNK, _HEAD))
 
     def run(self) -> None:
         self._last_stage(self._dense(self._aggregate()))
@@ -31,12 +36,12 @@ class _Recorder:
         """Encoder and aggregator; the frame's and the scene's tokens of each level that the dense head reads."""
         s, tape, c = self.sizes, self.tape, self.sizes.config
         n, dim, vit = s.images, c.aggregator.embed_dim, c.vit
-        cast = tape.new(n, 3, s.height, s.width, size=self.trunk)
-        padded = tape.new(n, 4, s.height, s.width, size=self.trunk)  # the convolution reads channels in fours
+        cast = tape.new(n, 3, s.height, s.width, size=self.patch)
+        padded = tape.new(n, 4, s.height, s.width, size=self.patch)  # the convolution reads channels in fours
         tape.free(cast)
-        patches = tape.new(n, s.patches, dim, size=self.trunk)
+        patches = tape.new(n, s.patches, dim, size=self.patch)
         tape.free(padded)
-        length = s.patches + 1 + vit.num_register_tokens
+        length = s.tokens_with(vit.num_register_tokens)
         stream = tape.new(n, length, dim)
         norm = tape.new(n, length, dim, size=self.trunk)
         tape.free(patches)
@@ -102,7 +107,7 @@ class _Recorder:
         tape.free(projected)
         if not keep_input:
             tape.free(stream)
-        hidden = row(int(mlp_ratio * dim))
+        hidden = row(mlp_width(mlp_ratio, dim))
         tape.free(norm)
         result = row(size=FLOAT32)
         tape.free(hidden, middle)
@@ -183,9 +188,9 @@ class _Recorder:
         hidden = self._map(width, full)
         tape.free(features)
         if moe is None:
-            raw = tape.new(s.images, 2, *full)
+            raw = tape.new(s.images, DEPTH_CHANNELS, *full)
             tape.free(hidden, raw)
             return
         logits = tape.new(s.images, moe.num_experts, *full)
-        sums = tape.new(s.images, 2 * moe.num_experts, *full)  # one kernel's, for depths and confidences
+        sums = tape.new(s.images, DEPTH_CHANNELS * moe.num_experts, *full)  # one kernel's, for depths and confidences
         tape.free(hidden, logits, sums)

@@ -3,9 +3,9 @@
 What is smaller than a row of tokens per view (cameras, position tables of one axis) is left out.
 """
 
-from moe3d_deploy.tape import Sizes, Tape
-
-OUTPUT_HIDDEN = 32  # of VGGT's last stage, model/dpt.py
+from moe3d_deploy.costs import Sizes
+from moe3d_deploy.parameter_shapes import CAMERA_MLP_RATIO, DEPTH_CHANNELS, OUTPUT_HIDDEN, mlp_width
+from moe3d_deploy.tape import Tape
 
 
 def record_eager(sizes: Sizes, view_chunk: int | None = None) -> Tape:
@@ -58,7 +58,7 @@ def _encode(tape: Tape, s: Sizes) -> int:
     tape.free(by_rows)
     patches = tape.new(n, s.patches, dim)
     tape.free(projected, position)
-    length = s.patches + 1 + c.vit.num_register_tokens
+    length = s.tokens_with(c.vit.num_register_tokens)
     tokens = tape.new(n, length, dim)
     for _ in range(c.vit.depth):
         result = _block(tape, n, length, dim, c.vit.mlp_ratio, c.vit.num_heads, rotary=False)
@@ -95,8 +95,8 @@ def _block(tape: Tape, batch: int, length: int, dim: int, mlp_ratio: float, head
     tape.free(scaled)
 
     norm = row()
-    hidden = row(int(mlp_ratio * dim))
-    active = row(int(mlp_ratio * dim))
+    hidden = row(mlp_width(mlp_ratio, dim))
+    active = row(mlp_width(mlp_ratio, dim))
     tape.free(hidden)
     out = row()
     tape.free(active, norm)
@@ -112,7 +112,7 @@ def _cameras(tape: Tape, s: Sizes) -> None:
     modulation = tape.new(s.images, 3 * c.dim_in)
     tokens = tape.new(s.images, c.dim_in)
     for _ in range(c.trunk_depth):
-        result = _block(tape, s.batch, s.views, c.dim_in, 4.0, c.num_heads, rotary=False)
+        result = _block(tape, s.batch, s.views, c.dim_in, CAMERA_MLP_RATIO, c.num_heads, rotary=False)
         tape.free(tokens)
         tokens = result
     tape.free(modulation, tokens)
@@ -217,13 +217,13 @@ def _last_stage(tape: Tape, s: Sizes, n: int) -> list[int]:
         return result
 
     if moe is None:
-        raw = branch(OUTPUT_HIDDEN, 2)
+        raw = branch(OUTPUT_HIDDEN, DEPTH_CHANNELS)
         results = [tape.new(n, *area), tape.new(n, *area)]
         tape.free(raw)
         return results
     k = moe.num_experts
-    parts = [branch(moe.hidden_channels, 2) for _ in range(k)]
-    raw = tape.new(n, k, 2, *area)
+    parts = [branch(moe.hidden_channels, DEPTH_CHANNELS) for _ in range(k)]
+    raw = tape.new(n, k, DEPTH_CHANNELS, *area)
     tape.free(*parts)
     logits = branch(moe.gate_hidden_channels, k)
     scaled, weights = tape.new(n, k, *area), tape.new(n, k, *area)

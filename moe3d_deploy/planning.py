@@ -12,6 +12,7 @@ from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.costs import Shape4, TypeOf
 from moe3d_deploy.devices import CPU, Device
 from moe3d_deploy.errors import InputError
+from moe3d_deploy.manifest import Range, ShapeRanges
 
 MOST_VIEWS = 4096  # where a search for more views ends
 
@@ -29,6 +30,7 @@ class Setup:
     form        of the attention: "eager" (PyTorch, float32 only), "fused" or "explicit" (engines); see `memory`
     merged      one convolution for all experts, as exports have it
     view_chunk  views that the dense heads take at a time (PyTorch only); None for all
+    ranges      shapes that the file takes; None for all that the model takes
     """
 
     config: ModelConfig
@@ -38,15 +40,32 @@ class Setup:
     device: Device | None = None
     merged: bool = True
     view_chunk: int | None = None
+    ranges: ShapeRanges | None = None
 
     def __post_init__(self) -> None:
         if self.view_chunk is not None and self.form != "eager":
             raise InputError("heads in chunks of views exist in PyTorch only: take form eager, or leave view_chunk out")
+        if self.on_cpu and self.form == "fused":
+            raise InputError("nothing fuses the attention on a CPU: take form explicit, or leave form out")
         device = self.device
         if device and (missing := next((kind for kind in self._types() if kind not in device.flops), None)):
             raise InputError(
                 f"device {device.name} computes no {missing}, which {self.precision} needs; change one of them"
             )
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device is not None and self.device.name == CPU
+
+    @functools.cached_property
+    def allowed(self) -> ShapeRanges:
+        """The shapes that can be run."""
+        return self.ranges or ShapeRanges.of(self.config)
+
+    def takes(self, shape: Shape4) -> bool:
+        """Whether the file takes this shape."""
+        axes = (self.allowed.batch, self.allowed.views, self.allowed.height, self.allowed.width)
+        return all(size in _values(axis, size) for axis, size in zip(axes, shape, strict=True))
 
     @functools.cached_property
     def weight_bytes(self) -> int:
@@ -130,9 +149,11 @@ def plan(setup: Setup, shape: Shape4) -> ShapePlan:
 
 
 def largest_views(setup: Setup, shape: Shape4) -> int:
-    """The most views per scene that fit on the device, at the batch and size of `shape`: 0 to MOST_VIEWS."""
+    """The most views per scene that fit on the device, at the batch and size of `shape`: up to MOST_VIEWS, and of those
+    that the file takes; 0 for none."""
     batch, _, height, width = shape
-    return _largest(MOST_VIEWS, lambda views: fits(setup, (batch, views, height, width)))
+    counts = _values(setup.allowed.views, MOST_VIEWS)
+    return _largest(counts, lambda views: fits(setup, (batch, views, height, width)))
 
 
 def fits(setup: Setup, shape: Shape4) -> bool:
@@ -144,31 +165,31 @@ def fits(setup: Setup, shape: Shape4) -> bool:
 
 def changes_that_fit(setup: Setup, shape: Shape4, others: Sequence[Setup] = ()) -> list[Change]:
     """What, changed alone, makes a run of `shape` fit: fewer views or scenes, smaller images, a precision of `others`,
-    and in PyTorch heads in chunks. Empty where none of them does."""
+    and in PyTorch heads in chunks. Only shapes that the file takes. Empty where none of them does."""
     batch, views, height, width = shape
-    patch = setup.config.patch_size
-    rows, columns = height // patch, width // patch
+    allowed = setup.allowed
     found: list[Change] = []
 
     def add(kind: str, changed: Setup, smaller: Shape4) -> None:
-        peak = _peak(changed, smaller)
-        found.append(Change(kind, smaller, changed.precision, changed.view_chunk, peak))
+        if changed.takes(smaller):
+            peak = _peak(changed, smaller)
+            found.append(Change(kind, smaller, changed.precision, changed.view_chunk, peak))
 
-    def of_rows(count: int) -> Shape4:
-        return batch, views, count * patch, max(1, round(columns * count / rows)) * patch
+    def of_height(size: int) -> Shape4:
+        return batch, views, size, _nearest(allowed.width, width * size / height)
 
-    if most := _largest(views - 1, lambda count: fits(setup, (batch, count, height, width))):
+    if most := _largest(_values(allowed.views, views - 1), lambda count: fits(setup, (batch, count, height, width))):
         add("views", setup, (batch, most, height, width))
-    if most := _largest(batch - 1, lambda count: fits(setup, (count, views, height, width))):
+    if most := _largest(_values(allowed.batch, batch - 1), lambda count: fits(setup, (count, views, height, width))):
         add("batch", setup, (most, views, height, width))
-    if most := _largest(rows - 1, lambda count: fits(setup, of_rows(count))):
-        add("size", setup, of_rows(most))
+    if most := _largest(_values(allowed.height, height - 1), lambda size: fits(setup, of_height(size))):
+        add("size", setup, of_height(most))
     for other in others:
         if fits(other, shape):
             add("precision", other, shape)
     if setup.form == "eager":
         largest_chunk = (setup.view_chunk or batch * views) - 1
-        if most := _largest(largest_chunk, lambda count: fits(replace(setup, view_chunk=count), shape)):
+        if most := _largest(range(1, largest_chunk + 1), lambda count: fits(replace(setup, view_chunk=count), shape)):
             add("view_chunk", replace(setup, view_chunk=most), shape)
     return found
 
@@ -185,7 +206,7 @@ def _floor(setup: Setup, shape: Shape4) -> Floor:
 def _warnings(setup: Setup, shape: Shape4) -> Iterator[str]:
     """Limits that a shape crosses and that no figure shows."""
     batch, views, height, width = shape
-    if setup.form == "eager":
+    if setup.form == "eager" or setup.on_cpu:
         return
     volume = _convolution_volume(setup, height, width)
     if batch * views * volume > _LARGEST_VOLUME:
@@ -193,7 +214,7 @@ def _warnings(setup: Setup, shape: Shape4) -> Iterator[str]:
             f"a convolution has {batch * views * volume:,} values, more than the 2^31 - 1 that TensorRT documents; "
             f"{_LARGEST_VOLUME // volume} views in all stay below: verify such a run on the device"
         )
-    tokens = costs.Sizes.of(setup.config, shape).tokens(setup.config.aggregator.num_register_tokens)
+    tokens = costs.Sizes.of(setup.config, shape).tokens
     if setup.type_of(_GLOBAL_ATTENTION) == "float16" and views * tokens > _HALF_MAX:
         yield (
             f"global attention has {views * tokens:,} keys; a fused kernel that sums its softmax in float16 overflows "
@@ -221,18 +242,28 @@ def _activation_bytes(setup: Setup, shape: Shape4) -> int:
     from moe3d_deploy.memory import activation_bytes
 
     costs.check_shape(setup.config, shape)
-    return activation_bytes(
-        setup.config, shape, form=setup.form, precision=setup.precision, view_chunk=setup.view_chunk
-    )
+    precision = "fp32" if setup.on_cpu else setup.precision  # ONNX Runtime computes 16-bit graphs in float32 on a CPU
+    return activation_bytes(setup.config, shape, form=setup.form, precision=precision, view_chunk=setup.view_chunk)
 
 
-def _largest(limit: int, good: Callable[[int], bool]) -> int:
-    """The largest count up to `limit` that is good, 0 for none; whatever is below a good count is good too."""
-    low, high = 0, max(0, limit)
+def _values(axis: Range, most: int) -> range:
+    """What `axis` allows, up to `most`."""
+    return range(axis.min, (most if axis.max is None else min(axis.max, most)) + 1, axis.step)
+
+
+def _nearest(axis: Range, size: float) -> int:
+    """The value of `axis` nearest to `size`."""
+    value = axis.min + max(0, round((size - axis.min) / axis.step)) * axis.step
+    return value if axis.max is None else min(value, _values(axis, axis.max)[-1])
+
+
+def _largest(values: range, good: Callable[[int], bool]) -> int:
+    """The largest of rising `values` that is good, 0 for none; whatever is below a good one is good too."""
+    low, high = 0, len(values)  # the first `low` are good, those from `high` on are not
     while low < high:
         middle = (low + high + 1) // 2
-        if good(middle):
+        if good(values[middle - 1]):
             low = middle
         else:
             high = middle - 1
-    return low
+    return values[low - 1] if low else 0

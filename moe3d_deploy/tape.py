@@ -1,56 +1,11 @@
-"""What memory_eager and memory_compiled share: the sizes of a run, and a record of tensors made and let go."""
+"""What memory_eager and memory_compiled write: a record of the tensors that a run makes and lets go."""
 
 from bisect import bisect
-from dataclasses import dataclass
 from math import prod
 
-from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.costs import check_shape
+from moe3d_deploy.costs import BYTES
 
-FLOAT32 = 4  # bytes
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A configuration at one shape: B scenes, S views, images H x W, grid_h x grid_w patches a view."""
-
-    config: ModelConfig
-    batch: int
-    views: int
-    height: int
-    width: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, shape: tuple[int, int, int, int]) -> "Sizes":
-        """Raises InputError for a shape (B, S, H, W) that the model cannot take."""
-        check_shape(config, shape)
-        batch, views, height, width = shape
-        return cls(config, batch, views, height, width)
-
-    @property
-    def images(self) -> int:
-        """All views of all scenes, N."""
-        return self.batch * self.views
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.height // self.config.patch_size, self.width // self.config.patch_size
-
-    @property
-    def patches(self) -> int:
-        """Patches of a view, P."""
-        return prod(self.grid)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a view in the aggregator, T."""
-        return self.patches + 1 + self.config.aggregator.num_register_tokens
-
-    @property
-    def levels(self) -> list[tuple[int, int]]:
-        """(rows, columns) of the dense head's four levels, the finest first: 4, 2, 1 and 1/2 times the grid."""
-        rows, columns = self.grid
-        return [(4 * rows, 4 * columns), (2 * rows, 2 * columns), self.grid, (-(-rows // 2), -(-columns // 2))]
+FLOAT32 = BYTES["float32"]
 
 
 class Tape:

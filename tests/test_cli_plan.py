@@ -23,7 +23,7 @@ from moe3d_deploy.config import PRESETS
 from moe3d_deploy.devices import Device
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.export.precision import PrecisionPolicy
-from moe3d_deploy.manifest import Manifest, Range, Tensor
+from moe3d_deploy.manifest import Manifest, Range, ShapeRanges, Tensor
 from moe3d_deploy.memory import activation_bytes
 
 TINY_DEVICE = "1e12,1e10,2e8"
@@ -42,6 +42,13 @@ def text(*args: object) -> str:
 def document(*args: object) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads(text(*args, "--json"))
     return parsed
+
+
+def commands(*args: object) -> list[str]:
+    """What comes last: the commands to go on with, without their labels."""
+    lines = text(*args).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(("next ", "on device ")))
+    return [line[13:] for line in lines[first:]]
 
 
 def refusal(*args: object) -> str:
@@ -71,7 +78,7 @@ def test_neither_torch_nor_another_heavy_library_is_loaded() -> None:
 def test_a_preset_is_planned_at_its_usual_shapes_as_it_is_exported() -> None:
     lines = text("moe3d-1b").splitlines()
     assert lines[0] == "model        preset moe3d-1b, K = 4 experts, no point head"
-    assert lines[1] == "weights      2.75 GB, 1,158.1 M parameters in fp16"
+    assert lines[1] == "weights      2.75 GB, 1,158.1 M parameters in fp16 (218.1 M of them float32)"
     table = lines[lines.index("") + 1 : lines.index("", lines.index("") + 1)]
     assert table[0].split() == ["shape", "BxSxHxW", "GFLOP", "experts", "activations", "peak"]
     assert [row.split()[0] for row in table[1:]] == [f"1x{views}x392x518" for views in (1, 2, 4, 8, 16)]
@@ -153,7 +160,7 @@ def test_a_line_of_text_has_at_most_100_columns(device: str, monkeypatch: pytest
     monkeypatch.setattr(devices, "_MEASURE_SECONDS", 0.0)
     shapes = "1x1x14x14,2x64x518x518,4x128x1036x1036"
     for line in text("moe3d-1b", "--device", device, "--shapes", shapes, "--views-that-fit").splitlines():
-        assert len(line) <= 100 or line.startswith("next "), line
+        assert len(line) <= 100 or "moe3d-export" in line, line
 
 
 def test_json_is_one_object_with_units_in_its_names() -> None:
@@ -294,6 +301,11 @@ def test_a_measured_cpu_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "floor" not in out
     assert "ONNX Runtime may be quicker" in out
     assert out.splitlines()[-1].endswith("--builder none")
+    assert "ONNX Runtime on the CPU, attention weights in memory, all activations in float32" in out
+    (half,) = document("moe3d-tiny", "--device", "cpu", "--precision", "fp16", "--shapes", "1x2x56x56")["shapes"]
+    expected = activation_bytes(PRESETS["moe3d-tiny"], (1, 2, 56, 56), form="explicit", precision="fp32")
+    assert half["activation_bytes"] == expected
+    assert "nothing fuses the attention on a CPU" in refusal("moe3d-tiny", "--device", "cpu", "--form", "fused")
 
 
 @pytest.mark.parametrize(
@@ -306,9 +318,76 @@ def test_a_measured_cpu_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_last_line_is_a_command_that_export_takes(args: tuple[str, ...]) -> None:
-    label, program, *words = shlex.split(text(*args).splitlines()[-1])
-    assert (label, program) == ("next", "moe3d-export")
-    load_command("export").make_context("export", words)
+    for command in commands(*args):
+        program, *words = shlex.split(command)
+        assert program == "moe3d-export"
+        load_command("export").make_context("export", words)
+
+
+def test_shapes_whose_largest_sizes_together_do_not_fit_get_an_engine_each() -> None:
+    shapes = "1x4x1554x1554,1x64x392x518"
+    (corner,) = document("moe3d-1b", "--device", "rtx4090", "--shapes", "1x64x1554x1554")["shapes"]
+    assert corner["peak_bytes"] > 24e9
+    assert commands("moe3d-1b", "--device", "rtx4090", "--shapes", shapes) == [
+        "moe3d-export moe3d-1b -o bundle --precision fp16 --views 4 --height 1554 --width 1554",
+        "moe3d-export bundle --views 64 --height 392 --width 518",
+    ]
+    assert commands("moe3d-1b", "--device", "h200", "--shapes", shapes)[1:] == [
+        "moe3d-export bundle --builder tensorrt --views 4:64 --height 392:1554 --width 518:1554"
+    ]
+
+
+@pytest.mark.parametrize("name", devices.DEVICES)
+def test_an_engine_is_built_on_the_device_where_tensorrt_rtx_builds_none(name: str) -> None:
+    """A default engine of TensorRT-RTX is for 8.0, 8.6, 8.9 and 12.0."""
+    args = ("moe3d-1b", "--device", name, "--shapes", "1x2x392x518")
+    engine = " --views 2 --height 392 --width 518"
+    note = "Activations are modelled on TensorRT-RTX"
+    if name in ("a100", "l4", "rtx4090", "rtx3090"):
+        assert commands(*args) == ["moe3d-export moe3d-1b -o bundle --precision fp16" + engine]
+        assert note not in text(*args)
+        return
+    assert commands(*args) == [
+        "moe3d-export moe3d-1b -o bundle --precision fp16 --builder none",
+        "moe3d-export bundle --builder tensorrt" + engine,
+    ]
+    assert text(*args).splitlines()[-1].startswith("on device    moe3d-export")
+    assert note in text(*args)
+    assert any(note in line for line in document(*args)["notes"])
+
+
+def test_what_is_offered_for_a_bundle_is_what_it_takes(tmp_path: Path) -> None:
+    """The model takes any size in patches of 14; the file takes 2, 5, 8 ... 20 views of 56, 98, ... rows, 252 wide."""
+    ranges = ShapeRanges(Range(1, 1), Range(2, 20, 3), Range(56, 266, 42), Range(252, 252))
+    model = PRESETS["moe3d-tiny"].to_dict()
+    manifest = replace(example_manifest(), precision="fp32", shape_ranges=ranges, model_config=model)
+    path = write_bundle(tmp_path / "b", manifest)
+    shapes = "1x20x224x252,1x2x56x252,1x3x56x252"
+    args = (path, "--device", "1e12,1e10,3e8", "--views-that-fit", "--shapes", shapes)
+    found = document(*args)
+    large, _, between = found["shapes"]
+    assert (large["fits"], large["taken_by_the_bundle"]) == (False, True)
+    assert between["taken_by_the_bundle"] is False
+    changes = {change["kind"]: change["shape"] for change in large["changes_that_fit"]}
+    assert set(changes) == {"views", "size"}
+    assert changes["views"][1] in (2, 5, 8, 11, 14, 17)
+    assert changes["size"][2] in (56, 98, 140, 182)
+    assert changes["size"][3] == 252
+    for entry in found["views_that_fit"]:
+        assert entry["views"].keys() == {"fp32"}
+        assert entry["views"]["fp32"] in (0, *range(2, 21, 3))
+    assert commands(*args) == [f"moe3d-export {path} --views 2 --height 56 --width 252"]
+    assert "does not run in PyTorch" in refusal(path, "--form", "eager")
+    cpu = Device("cpu", "a CPU", {"float32": 1e11}, 1e10, 1e11, "measured now", measured=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moe3d_deploy.cli.plan.find_device", lambda text: cpu)
+        assert commands(path, "--device", "cpu") == [f"moe3d run {path} IMAGES... -o out"]
+
+
+def test_a_figure_for_merged_experts_is_said_to_be(tmp_path: Path) -> None:
+    for merged in (True, False):
+        path = write_bundle(tmp_path / str(merged), replace(example_manifest(), merged_experts=merged))
+        assert ("predicted for merged experts" in text(path)) != merged
 
 
 def test_the_examples_of_help_run() -> None:

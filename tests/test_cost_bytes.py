@@ -130,6 +130,13 @@ def test_weight_bytes_are_those_worked_out_by_hand(precision: str) -> None:
     assert costs.weight_bytes(ODD, rule) == costs.weight_bytes(ODD, rule, point_head=True) == with_points
 
 
+def test_parameters_are_counted_by_the_type_they_have() -> None:
+    rule = PrecisionPolicy("fp16").type_of
+    in_float32 = 457_950 - IN_HALF["fp16"]
+    assert costs.parameters_by_type(ODD, rule, point_head=False) == {"float32": in_float32, "float16": IN_HALF["fp16"]}
+    assert costs.parameters_by_type(ODD, costs.all_float32) == {"float32": 714_018}
+
+
 def test_parameters_are_four_bytes_each_unless_told_otherwise() -> None:
     assert costs.weight_bytes(ODD) == 4 * 714_018
     assert costs.weight_bytes(ODD, point_head=False) == 4 * 457_950

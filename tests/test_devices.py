@@ -122,16 +122,37 @@ def test_the_json_form_names_its_units() -> None:
         "memory_bytes": 3e9,
         "source": "a datasheet",
         "measured": False,
+        "compute_capability": None,
     }
+    assert DEVICES["l4"].to_dict()["compute_capability"] == [8, 9]
+
+
+def test_compute_capabilities_follow_the_architecture() -> None:
+    """Turing 7.5; Ampere 8.0 in the A100, 8.6 in GA102, 8.7 in Orin; Ada 8.9; Hopper 9.0; Thor 11.0."""
+    assert {name: device.compute_capability for name, device in DEVICES.items()} == {
+        "h200": (9, 0),
+        "h100": (9, 0),
+        "a100": (8, 0),
+        "l4": (8, 9),
+        "t4": (7, 5),
+        "rtx4090": (8, 9),
+        "rtx3090": (8, 6),
+        "thor": (11, 0),
+        "orin": (8, 7),
+        "orin-nx-16": (8, 7),
+    }
+    assert find_device("1e12,1e10,1e9").compute_capability is None
 
 
 def test_the_page_on_costs_shows_the_table() -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "costs.md").read_text(encoding="utf-8")
     rows = [
-        f"| `{d.name}` | {d.title} | {d.flops['float32'] / 1e12:g} | {d.flops['float16'] / 1e12:g} "
+        f"| `{d.name}` | {d.title} | {'.'.join(map(str, d.compute_capability or ()))} "
+        f"| {d.flops['float32'] / 1e12:g} | {d.flops['float16'] / 1e12:g} "
         f"| {d.bandwidth / 1e9:g} | {d.memory / 1e9:g} | {d.source} |"
         for d in DEVICES.values()
     ]
-    header = "| name | device | float32 | 16 bits | GB/s | GB | source |\n|---|---|---:|---:|---:|---:|---|"
+    header = "| name | device | compute capability | float32 | 16 bits | GB/s | GB | source |\n"
+    header += "|---|---|---:|---:|---:|---:|---:|---|"
     table = "\n".join([header, *rows])
     assert table in page, f"docs/costs.md should hold:\n{table}"

@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from moe3d_deploy.benchmarks import activation_memory
 from moe3d_deploy.config import PRESETS, ModelConfig, MoeConfig
+from moe3d_deploy.costs import Sizes
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.memory import FORMS, activation_bytes
+from moe3d_deploy.memory_compiled import record_compiled
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.tape import Tape
 
@@ -124,17 +126,27 @@ def test_half_the_bytes_per_value_never_need_more() -> None:
     assert by_precision["bf16-fp16heads"] == by_precision["fp16"]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_precision_of_the_export_has_its_bytes(precision: str) -> None:
-    """The engine's sizes follow the weights' types: those of a block, and of a convolution of the dense head."""
-    from moe3d_deploy.memory import _BYTES
+@pytest.mark.parametrize(
+    ("precision", "patch", "trunk", "head"),
+    [
+        ("fp32", 4, 4, 4),
+        ("fp16", 2, 2, 2),
+        ("fp16-fp32heads", 2, 2, 4),
+        ("bf16", 4, 2, 4),  # the patch convolution stays float32
+        ("bf16-fp16heads", 4, 2, 2),
+    ],
+)
+def test_each_layers_tensors_are_in_its_own_type(precision: str, patch: int, trunk: int, head: int) -> None:
+    """Of 2 views of 28x42: images in four channels, the first block's queries, keys and values, the experts' map."""
+    tape = record_compiled(Sizes.of(TINY, (1, 2, 28, 42)), PrecisionPolicy(precision).type_of, fused=True)
+    made = [size for _, size in tape._events if size]
 
-    types = (
-        PrecisionPolicy(precision).type_of(name)
-        for name in ("aggregator.frame_blocks.0.attn.qkv.weight", "depth_head.scratch.output_conv1.weight")
-    )
-
-    assert _BYTES[precision] == tuple({"float32": 4, "float16": 2, "bfloat16": 2}[name] for name in types)
+    assert made[:2] == [2 * 3 * 28 * 42 * patch, 2 * 4 * 28 * 42 * patch]
+    assert made[2] == 2 * 6 * TINY.vit.embed_dim * patch
+    assert made[5] == 2 * (6 + 1 + TINY.vit.num_register_tokens) * 3 * TINY.vit.embed_dim * trunk
+    assert TINY.moe is not None
+    wide = TINY.moe.num_experts * TINY.moe.hidden_channels + TINY.moe.gate_hidden_channels
+    assert made[-3] == 2 * wide * 28 * 42 * head
 
 
 @settings(max_examples=40, deadline=None)

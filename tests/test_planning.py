@@ -10,6 +10,7 @@ from moe3d_deploy.costs import Shape4
 from moe3d_deploy.devices import DEVICES, Device
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
+from moe3d_deploy.manifest import Range, ShapeRanges
 from moe3d_deploy.planning import Setup
 
 VGGT = dataclasses.replace(PRESETS["vggt-1b"], point_head=False)
@@ -208,3 +209,29 @@ def test_a_shape_that_the_model_cannot_take_is_refused() -> None:
 def test_what_fits_is_a_question_about_a_device() -> None:
     with pytest.raises(InputError, match="name one"):
         planning.largest_views(setup(), (1, 1, 14, 14))
+
+
+def test_changes_keep_to_the_shapes_that_the_file_takes() -> None:
+    """Views 1, 4 or 7; heights of 28, 70, 112 or 154 pixels, any width; one scene or three."""
+    of_a_patch = 14 * 14 * (PIXEL + CHUNKED)
+    pixels = Range(28, 154, 42)
+    ranges = ShapeRanges(Range(1, 3, 2), Range(1, 7, 3), pixels, Range(14, None, 14))
+    tight = setup(free=6 * 50 * of_a_patch, ranges=ranges)  # 6 views of 5 x 10 patches
+    assert tight.takes((3, 7, 70, 140))
+    assert not any(tight.takes(shape) for shape in ((2, 7, 70, 140), (3, 6, 70, 140), (3, 7, 84, 140), (3, 10, 70, 14)))
+    assert planning.largest_views(tight, (1, 1, 70, 140)) == 4
+    found = {change.kind: change.shape for change in planning.changes_that_fit(tight, (3, 7, 70, 140))}
+    assert found == {"views": (3, 1, 70, 140), "size": (3, 7, 28, 56)}  # 3 x 4 and 1 x 7 views are more than 6
+    # Nothing of a shape with 6 views in it is offered but other views.
+    assert [c.kind for c in planning.changes_that_fit(tight, (3, 6, 70, 140))] == ["views"]
+
+
+def test_on_a_cpu_activations_are_float32_and_the_engines_limits_do_not_hold() -> None:
+    cpu = Device("cpu", "a CPU", {"float32": 1e11, "float16": 1e11}, 1e10, 1e13, "by hand")
+    half = dataclasses.replace(setup(form="explicit"), device=cpu)
+    found = planning.plan(half, (1, 64, 518, 518))
+    assert found.weight_bytes == 2_752_288_952
+    assert found.activation_bytes == 2 * 64 * 518 * 518 * (PIXEL + CHUNKED)
+    assert found.warnings == ()
+    with pytest.raises(InputError, match="nothing fuses the attention on a CPU: take form explicit"):
+        dataclasses.replace(half, form="fused")

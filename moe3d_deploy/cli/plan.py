@@ -82,22 +82,26 @@ def plan_command(
         raise InputError("--views-that-fit is a question about a device: add --device")
     given = _open(source, point_head)
     chosen = _precision(given, precision, form)
-    wanted = parse_shapes(shapes) if shapes is not None else _usual_shapes(given)
+    if given.kind == "bundle" and form == "eager":
+        raise InputError(f"bundle {source} does not run in PyTorch; leave --form eager out, or plan its checkpoint")
+    wanted = [] if shapes is None else parse_shapes(shapes)
     for shape in wanted:
         costs.check_shape(given.config, shape)
     device = find_device(device_name) if device_name is not None else None
     setup = _setup(given, chosen, device, form, view_chunk)
+    wanted = wanted or _usual_shapes(setup)
     others = [] if device is None else list(_others(given, chosen, device, form, view_chunk))
     report = Report(given.name, given.kind, setup, [planning.plan(setup, shape) for shape in wanted])
     for item in report.plans:
         if item.fits is False:
             report.changes[item.shape] = planning.changes_that_fit(setup, item.shape, others)
-        if given.ranges is not None and not _takes(given.ranges, item.shape):
+        if not setup.takes(item.shape):
             report.refused.append(item.shape)
     if views_that_fit:
-        setups = (setup, *others)
-        for shape in dict.fromkeys((batch, 1, height, width) for batch, _, height, width in wanted):
-            report.most_views[shape] = {s.precision: planning.largest_views(s, shape) for s in setups}
+        setups, least = (setup, *others), setup.allowed.views.min
+        for shape in dict.fromkeys((batch, least, height, width) for batch, _, height, width in wanted):
+            if setup.takes(shape):
+                report.most_views[shape] = {s.precision: planning.largest_views(s, shape) for s in setups}
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
@@ -167,33 +171,26 @@ def _precision(source: _Source, asked: str | None, form: str | None) -> str:
     return source.precision
 
 
-def _usual_shapes(source: _Source) -> list[Shape4]:
+def _usual_shapes(setup: Setup) -> list[Shape4]:
     """The usual shapes, and of a bundle those that it takes, or the smallest that it takes."""
-    usual = planning.usual_shapes(source.config)
-    if source.ranges is None:
-        return usual
-    ranges = source.ranges
-    smallest = (ranges.batch.min, ranges.views.min, ranges.height.min, ranges.width.min)
-    return [shape for shape in usual if _takes(ranges, shape)] or [smallest]
-
-
-def _takes(ranges: ShapeRanges, shape: Shape4) -> bool:
-    axes = (ranges.batch, ranges.views, ranges.height, ranges.width)
-    return all(axis.min <= size <= (axis.max or size) for axis, size in zip(axes, shape, strict=True))
+    allowed = setup.allowed
+    smallest = (allowed.batch.min, allowed.views.min, allowed.height.min, allowed.width.min)
+    return [shape for shape in planning.usual_shapes(setup.config) if setup.takes(shape)] or [smallest]
 
 
 def _setup(source: _Source, precision: str, device: Device | None, form: str | None, view_chunk: int | None) -> Setup:
     type_of = PrecisionPolicy(precision).type_of
     chosen = form or planning.usual_form(type_of, device)
-    return Setup(source.config, precision, type_of, chosen, device, source.merged, view_chunk)
+    return Setup(source.config, precision, type_of, chosen, device, source.merged, view_chunk, source.ranges)
 
 
 def _others(
     source: _Source, precision: str, device: Device, form: str | None, view_chunk: int | None
 ) -> Iterator[Setup]:
-    """The same in every other precision that the device computes in and whose memory can be predicted."""
+    """The same in every other precision that the device computes in and whose memory can be predicted; none of a
+    bundle, which has one."""
     patch = source.config.patch_size
-    for other in PRECISIONS:
+    for other in PRECISIONS if source.precision is None else ():
         with contextlib.suppress(InputError):
             setup = _setup(source, other, device, form, view_chunk)
             planning.plan(setup, (1, 1, patch, patch))

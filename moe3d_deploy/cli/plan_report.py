@@ -2,14 +2,15 @@
 
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe3d_deploy import costs
 from moe3d_deploy.costs import Shape4
-from moe3d_deploy.devices import CPU
-from moe3d_deploy.planning import MOST_VIEWS, Change, Setup, ShapePlan
+from moe3d_deploy.engines.shapes import AXES
+from moe3d_deploy.planning import MOST_VIEWS, Change, Setup, ShapePlan, fits
+from moe3d_deploy.trt.installed import RTX_CAPABILITIES
 
 WIDTH = 100
 _LABEL_WIDTH = 13
@@ -20,6 +21,7 @@ _FORMS = {
     "fused": "engine with fused attention, built for shapes up to this one",
     "explicit": "engine with attention weights in memory, built for shapes up to this one",
 }
+_ON_CPU = "ONNX Runtime on the CPU, attention weights in memory, all activations in float32"
 _CHANGES = {
     "views": "fewer views",
     "batch": "fewer scenes",
@@ -60,6 +62,7 @@ class Report:
             "weight_bytes": setup.weight_bytes,
             "device": setup.device.to_dict() if setup.device else None,
             "shapes": [self._shape(plan) for plan in self.plans],
+            "notes": list(self._memory_notes()),
             "views_that_fit": [
                 {"batch": shape[0], "height": shape[2], "width": shape[3], "views": views, "searched_to": MOST_VIEWS}
                 for shape, views in self.most_views.items()
@@ -97,10 +100,13 @@ class Report:
         experts = f"K = {config.moe.num_experts} experts" if config.moe else "no experts (VGGT head)"
         points = "with point head" if config.point_head else "no point head"
         yield _labelled("model", f"{self.kind} {self.name}, {experts}, {points}")
-        millions = costs.parameters(config)["total"] / 1e6
-        yield _labelled("weights", f"{_bytes(setup.weight_bytes)}, {millions:,.1f} M parameters in {setup.precision}")
+        counts = costs.parameters_by_type(config, setup.type_of)
+        parameters = f"{sum(counts.values()) / 1e6:,.1f} M parameters in {setup.precision}"
+        if len(counts) > 1:
+            parameters += f" ({counts['float32'] / 1e6:,.1f} M of them float32)"
+        yield _labelled("weights", f"{_bytes(setup.weight_bytes)}, {parameters}")
         chunk = f", dense heads on {setup.view_chunk} views at a time" if setup.view_chunk else ""
-        yield _labelled("runs as", _FORMS[setup.form] + chunk)
+        yield _labelled("runs as", (_ON_CPU if self._in_onnx_runtime else _FORMS[setup.form]) + chunk)
         if setup.device:
             device = setup.device
             rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {kind}" for kind, rate in device.flops.items())
@@ -168,10 +174,8 @@ class Report:
         yield from _wrapped(
             "", "peak = weights + predicted activations; what the driver and other programs hold is not in it."
         )
-        if setup.config.point_head:
-            yield "Activations are predicted without the point head."
-        if setup.device and setup.device.name == CPU and setup.form != "eager":
-            yield "ONNX Runtime's own use of memory was not compared with this prediction."
+        for note in self._memory_notes():
+            yield from _wrapped("", note)
         if setup.device is None:
             yield "Add --device for times and for what fits."
         elif setup.device.measured:
@@ -182,20 +186,74 @@ class Report:
             yield from _wrapped(
                 "", "Times are floors, this work at the device's peaks. They are no prediction of a latency."
             )
-        if (shapes := [plan.shape for plan in self.plans if plan.fits is not False]) and setup.form != "eager":
-            yield _labelled("next", self._export(shapes))  # in one line, to be pasted
+        if setup.form != "eager":
+            for label, command in self._next():
+                yield _labelled(label, command)  # in one line, to be pasted
 
-    def _export(self, shapes: list[Shape4]) -> str:
-        """The command that makes the bundle, with an engine for these shapes where a device could run one."""
-        command = f"moe3d-export {shlex.quote(self.name)}"
-        if self.kind != "bundle":
-            command += f" -o bundle --precision {self.setup.precision}"
-            command += " --outputs point_map" if self.setup.config.point_head else ""
-        if self.setup.device and self.setup.device.name == CPU:
-            return command if self.kind == "bundle" else f"{command} --builder none"
-        axes = dict(zip(("batch", "views", "height", "width"), zip(*shapes, strict=True), strict=True))
-        ranges = {name: (min(sizes), max(sizes)) for name, sizes in axes.items() if name != "batch" or max(sizes) > 1}
-        return command + "".join(f" --{name} {a}" + (f":{b}" if b > a else "") for name, (a, b) in ranges.items())
+    @property
+    def _in_onnx_runtime(self) -> bool:
+        return self.setup.on_cpu and self.setup.form != "eager"
+
+    @property
+    def _needs_tensorrt(self) -> bool:
+        """The device is none that TensorRT-RTX builds for here."""
+        device = self.setup.device
+        return bool(device and device.compute_capability and device.compute_capability not in RTX_CAPABILITIES)
+
+    def _memory_notes(self) -> Iterator[str]:
+        """What the predicted activations leave open."""
+        setup = self.setup
+        if setup.config.point_head:
+            yield "Activations are predicted without the point head."
+        if setup.form == "eager":
+            return
+        if setup.config.moe and not setup.merged:
+            yield "Activations are predicted for merged experts; this bundle keeps a convolution for each."
+        if setup.on_cpu:
+            yield "ONNX Runtime's own use of memory was not compared with this prediction."
+        if self._needs_tensorrt:
+            yield (
+                "Activations are modelled on TensorRT-RTX, which builds nothing for this device here; TensorRT's were "
+                "not compared with this prediction."
+            )
+
+    def _next(self) -> Iterator[tuple[str, str]]:
+        """Commands that make the bundle and the engines for the shapes that fit, each with its label."""
+        shapes = [plan.shape for plan in self.plans if plan.fits is not False and plan.shape not in self.refused]
+        if not shapes:
+            return
+        source = shlex.quote(self.name)
+        export = f"moe3d-export {source} -o bundle --precision {self.setup.precision}"
+        export += " --outputs point_map" if self.setup.config.point_head else ""
+        exported = self.kind == "bundle"
+        if self._in_onnx_runtime:
+            yield "next", f"moe3d run {source} IMAGES... -o out" if exported else f"{export} --builder none"
+            return
+        another = f"moe3d-export {source if exported else 'bundle'}"
+        engines = self._engines(shapes)
+        if not self._needs_tensorrt:
+            yield "next", (another if exported else export) + engines.pop(0)
+            yield from (("", another + engine) for engine in engines)
+            return
+        if not exported:
+            yield "next", f"{export} --builder none"
+        yield from (("on device", f"{another} --builder tensorrt{engine}") for engine in engines)
+
+    def _engines(self, shapes: list[Shape4]) -> list[str]:
+        """Flags of one engine for all shapes, or of one each where the largest of every axis together is too much."""
+        axes = list(zip(*shapes, strict=True))
+        batch, views, height, width = (max(sizes) for sizes in axes)
+        if self.setup.device is None or fits(self.setup, (batch, views, height, width)):
+            return [_flags(axes)]
+        return [_flags([(size,) for size in shape]) for shape in dict.fromkeys(shapes)]
+
+
+def _flags(axes: Sequence[Sequence[int]]) -> str:
+    """An engine's flags from the sizes of every axis."""
+    ranges = {name: (min(sizes), max(sizes)) for name, sizes in zip(AXES, axes, strict=True)}
+    if ranges["batch"] == (1, 1):
+        del ranges["batch"]
+    return "".join(f" --{name} {low}" + (f":{high}" if high > low else "") for name, (low, high) in ranges.items())
 
 
 def _labelled(label: str, text: str) -> str:
