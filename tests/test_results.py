@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from moe3d_deploy.benchmarks import demo, export_costs, tables
+from moe3d_deploy.benchmarks import activation_memory, demo, export_costs, tables
 from moe3d_deploy.errors import InputError, Moe3dError
+from moe3d_deploy.memory import activation_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "export_cpu.json"
@@ -111,3 +112,14 @@ def test_a_step_of_the_demo_that_fails_ends_it(tmp_path: Path) -> None:
     result = CliRunner().invoke(demo.main, ["--out", str(tmp_path / "demo")])
     assert isinstance(result.exception, Moe3dError)
     assert str(result.exception) == "moe3d convert failed, see above"
+
+
+def test_published_activation_memory_is_that_of_this_code_and_within_its_bound() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "memory_cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == sum(len(shapes) for *_, shapes in activation_memory.CASES)
+    for row in rows:
+        config, shape = activation_memory.MODELS[row["model"]], tuple(row["shape"])
+        predicted = activation_bytes(config, shape, form=row["form"], precision=row["precision"])
+        assert row["predicted_bytes"] == predicted
+        assert row["measured_bytes"] > 256e6
+        assert abs(predicted / row["measured_bytes"] - 1) <= 0.15
