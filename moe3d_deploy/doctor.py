@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe3d_deploy import __version__, machine, probe
+from moe3d_deploy.distributions import SUBSTITUTES, installed, reinstall, version_of
 from moe3d_deploy.doctor_bundles import examine_bundle
 from moe3d_deploy.errors import EXTRA_OF
 from moe3d_deploy.probe import Answer
@@ -29,16 +30,10 @@ _DISTRIBUTION = "moe3d-deploy"
 _REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<versions>[^;]*)(?:;(?P<marker>.*))?")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 
-# Other distributions that bring the same module, so that the named one is not needed beside them.
-_SUBSTITUTES = {
-    "opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"),
-    "onnxruntime": ("onnxruntime-gpu",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
-}
 # Distributions that write into one folder: the last one installed wins, and removing one breaks the other.
 _RIVALS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "cv2": ("opencv-python-headless", *_SUBSTITUTES["opencv-python-headless"]),
+    "cv2": ("opencv-python-headless", *SUBSTITUTES["opencv-python-headless"]),
 }
 
 
@@ -172,21 +167,14 @@ def _extras() -> dict[str, Any] | None:
 
 
 def _package(requirement: Requirement) -> dict[str, Any]:
-    for name in (requirement.name, *_SUBSTITUTES.get(requirement.name, ())):
-        if (version := version_of(name)) is not None:
-            old = requirement.minimum is not None and _release(version) < _release(requirement.minimum)
-            fault = f"is older than {requirement.minimum}" if old else None
-            return {"name": requirement.name, "version": version, "brought_by": name, "fault": fault}
-    fault = None if requirement.conditional else "is not installed"
-    return {"name": requirement.name, "version": None, "brought_by": None, "fault": fault}
-
-
-def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution, from its metadata."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    name = installed(requirement.name)
+    version = name and version_of(name)
+    if version is None:
+        fault = None if requirement.conditional else "is not installed"
+        return {"name": requirement.name, "version": None, "brought_by": None, "fault": fault}
+    old = requirement.minimum is not None and _release(version) < _release(requirement.minimum)
+    fault = f"is older than {requirement.minimum}" if old else None
+    return {"name": requirement.name, "version": version, "brought_by": name, "fault": fault}
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -223,13 +211,13 @@ def _problems_of_libraries(libraries: dict[str, Any]) -> list[dict[str, str]]:
     found = []
     for distribution, module in CORE_MODULES.items():
         if fault := libraries[module]["fault"]:
-            remedy = f"pip install --force-reinstall '{distribution}'"
-            found.append(_problem("error", f"{module}, without which nothing works, {fault}", remedy))
-    for module, extra in EXTRA_OF.items():
+            text = f"{module}, without which nothing works, {fault}"
+            found.append(_problem("error", text, reinstall(distribution)))
+    for module in EXTRA_OF:
         library = libraries.get(module, {"installed": False})
         if library["installed"] and library["fault"]:
-            remedy = f"pip install --force-reinstall 'moe3d-deploy[{extra}]'"
-            found.append(_problem("warning", f"{module} is installed but {library['fault']}", remedy))
+            text = f"{module} is installed but {library['fault']}"
+            found.append(_problem("warning", text, reinstall(module)))  # all are called as their distributions
     if not libraries["onnxruntime"]["installed"]:
         text = "onnxruntime is not installed, so bundles do not run"
         found.append(_problem("note", text, "pip install 'moe3d-deploy[cpu]'"))

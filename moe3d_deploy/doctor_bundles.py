@@ -8,6 +8,7 @@ import importlib.util
 from typing import Any
 
 from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.distributions import reinstall
 from moe3d_deploy.errors import EXTRA_OF, BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest
 from moe3d_deploy.trt import RTX_CAPABILITIES, title
@@ -93,8 +94,7 @@ def _model_reasons(manifest: Manifest, onnxruntime: dict[str, Any]) -> Reasons:
     if not onnxruntime["installed"]:
         reasons.append(("ONNX Runtime is not installed", "pip install 'moe3d-deploy[cpu]'"))
     elif onnxruntime["fault"]:
-        remedy = "pip install --force-reinstall 'moe3d-deploy[cpu]'"
-        reasons.append((f"ONNX Runtime {onnxruntime['fault']}", remedy))
+        reasons.append((f"ONNX Runtime {onnxruntime['fault']}", reinstall("onnxruntime")))
     elif "CPUExecutionProvider" not in onnxruntime["providers"]:
         reasons.append(("this ONNX Runtime has no CPU provider", "pip install 'moe3d-deploy[cpu]'"))
     if manifest.only_in_tensorrt:
@@ -126,7 +126,7 @@ def _engine_reasons(
         missing = "Polygraphy" if library["installed"] else name
         reasons.append((f"{missing} is not installed", f"pip install 'moe3d-deploy[{extra}]'"))
     elif library["fault"]:
-        reasons.append((f"{name} {library['fault']}", f"pip install --force-reinstall 'moe3d-deploy[{extra}]'"))
+        reasons.append((f"{name} {library['fault']}", reinstall(module)))
     if library["version"] not in (None, engine.builder_version):
         reasons.append((f"built by {name} {engine.builder_version}, here is {library['version']}", rebuild))
     if engine.plugin is not None:

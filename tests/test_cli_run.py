@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,9 @@ def test_a_bundle_gives_depth_colours_cameras_and_points(
     assert lines[0].startswith("small: 2 views of 42x28; load ")
     assert lines[1].startswith("depth from ")
     assert lines[1].endswith("up to the scene's scale (not metres)")
-    assert lines[2].startswith("no expert maps")
+    assert lines[2] == (
+        "no expert maps; for them: export its checkpoint again with --outputs expert_weights,expert_entropy"
+    )
     assert lines[3] == f"11 files in {tmp_path / 'out'}: cameras.json, png, npz, ply, glb"
 
 
@@ -101,9 +104,26 @@ def test_a_checkpoint_runs_in_pytorch_with_more_outputs(
 
     assert {"000_left_experts.png", "001_right_experts.png", "000_left_entropy.png"} <= written(tmp_path / "out")
     assert "no expert maps" not in capsys.readouterr().out
-    assert run(exports.checkpoint(), "--formats", "npz") == 0
-    hint = "no expert maps; for them: moe3d run --outputs expert_weights,expert_entropy"
-    assert hint in capsys.readouterr().out.splitlines()
+
+
+def test_the_command_that_is_named_for_expert_maps_gives_them(
+    run: Callable[..., int], photos: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    odd = "with blank.png"
+    shutil.copy(photos / "left.png", tmp_path / odd)
+    options = ("--formats", "npz", "--original", "--drop-lowest", "0.5", "--outputs", "pose_enc")
+    assert run(exports.checkpoint(), *options, images=("left.png", str(tmp_path / odd))) == 0
+    start = "no expert maps; for them: "
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+    words = shlex.split(line.removeprefix(start))
+    assert words == [
+        "moe3d", "run", "--outputs=pose_enc,expert_weights,expert_entropy", f"--output={tmp_path / 'out'}",
+        "--formats=npz", "--original", "--drop-lowest=0.5", str(exports.checkpoint()),
+        str(photos / "left.png"), str(tmp_path / odd),
+    ]  # fmt: skip
+    assert main(words[1:]) == 0
+    with np.load(tmp_path / "out" / "scene.npz") as arrays:
+        assert {"pose_enc", "expert_weights", "expert_entropy"} <= set(arrays)
 
 
 def test_a_model_without_experts_is_not_said_to_lack_their_maps(

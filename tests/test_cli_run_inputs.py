@@ -197,6 +197,30 @@ def test_another_run_leaves_nothing_of_the_earlier_scenes(run: Run, tmp_path: Pa
     assert [path.name for path in (out / "42x42").iterdir()] == ["mine.txt"], "what is not a scene's stays"
 
 
+def test_a_folder_named_like_a_size_that_was_a_runs_own_output_stays(run: Run, folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "518x392"
+    arguments = ["run", str(exports.bundle().path), str(folder / "wide.png"), "-o", str(mine), "--formats", "npz"]
+    assert main(arguments) == 0
+    for options in ((), ("--group-by-size",), ()):
+        assert run("wide.png", "tall.png", *options) == 0
+        assert {path.name for path in mine.iterdir()} == {"scene.npz", "cameras.json"}, options
+    assert not (tmp_path / "out" / "42x28").exists()
+
+
+def test_a_scene_of_a_group_that_got_a_new_owner_stays(run: Run, folder: Path, tmp_path: Path) -> None:
+    """One written anew by a run of its own, one moved here from another output folder."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    pictures = [str(folder / "wide.png"), str(folder / "tall.png")]
+    bundle = str(exports.bundle().path)
+    assert run("wide.png", "tall.png", "--group-by-size") == 0
+    assert main(["run", bundle, pictures[0], "-o", str(out / "42x28"), "--formats", "npz"]) == 0
+    assert main(["run", bundle, *pictures, "-o", str(elsewhere), "--formats", "npz", "--group-by-size"]) == 0
+    (elsewhere / "42x28").rename(out / "41x27")
+    assert run("tall.png") == 0
+    assert {path.name for path in out.iterdir()} == {"42x28", "41x27", "scene.npz", "cameras.json"}
+    assert view_names(out / "42x28") == view_names(out / "41x27") == ["wide.png"]
+
+
 # ---- what is refused, before a model is loaded
 
 

@@ -1,6 +1,7 @@
 """`moe3d run`: what its options write, and the lines it prints for machines."""
 
 import json
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import exports
 import numpy as np
 import pytest
 from scenes import read_cameras, read_png
+from videos import write_video
 
 from moe3d_deploy.cli.main import main
 from moe3d_deploy.runtime.onnx_backend import OnnxBackend
@@ -124,6 +126,24 @@ def test_a_colmap_model_is_written_in_both_forms(run: Run, tmp_path: Path) -> No
     assert [line.split()[1:4] for line in (model / "cameras.txt").read_text().splitlines()[1:]] == [
         ["PINHOLE", "85", "57"]
     ] * 2
+
+
+def test_the_documented_extraction_gives_the_pictures_that_a_model_of_a_video_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "outputs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "clip.mp4")
+    options = ["--max-views", "16", "-o", "out", "--formats", "colmap-txt"]
+    assert main(["run", str(exports.bundle().path), "clip.mp4", *options]) == 0
+    exec(compile(block, "docs/outputs.md", "exec"), {})
+    rows = (tmp_path / "out" / "sparse" / "0" / "images.txt").read_text().splitlines()[1::2]
+    names = [row.split()[9] for row in rows]
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == names
+    sizes = {read_png(tmp_path / "out" / "images" / name).shape[:2] for name in names}
+    cameras = (tmp_path / "out" / "sparse" / "0" / "cameras.txt").read_text().splitlines()[1:]
+    assert {f"{width} {height}" for height, width in sizes} == {" ".join(row.split()[2:4]) for row in cameras}
 
 
 def test_points_are_limited_and_thinned(run: Run, tmp_path: Path) -> None:

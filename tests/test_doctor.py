@@ -184,7 +184,7 @@ def test_a_core_library_that_does_not_load_is_an_error(setup: Setup) -> None:
         (
             "error",
             "cv2, without which nothing works, does not load: ImportError: libGL.so.1",
-            "pip install --force-reinstall 'opencv-python-headless'",
+            "pip install --force-reinstall opencv-python-headless",
         )
     ]
 
@@ -205,7 +205,19 @@ def test_a_library_of_an_extra_that_does_not_load_is_a_warning(setup: Setup) -> 
         (
             "warning",
             "tensorrt_rtx is installed but ends the process that loads it with SIGSEGV",
-            "pip install --force-reinstall 'moe3d-deploy[rtx]'",
+            "pip install --force-reinstall tensorrt_rtx",
+        )
+    ]
+
+
+def test_what_is_to_be_installed_again_is_named_as_it_was_installed(setup: Setup) -> None:
+    setup.versions["onnxruntime-gpu"] = setup.versions.pop("onnxruntime")
+    setup.answers["onnxruntime"] = Answer(None, "does not load: ImportError: libcudart.so.13")
+    assert setup.problems() == [
+        (
+            "warning",
+            "onnxruntime is installed but does not load: ImportError: libcudart.so.13",
+            "pip install --force-reinstall onnxruntime-gpu",
         )
     ]
 

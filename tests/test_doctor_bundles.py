@@ -71,7 +71,7 @@ def test_a_missing_bundle_is_an_error_and_no_end(tmp_path: Path) -> None:
         (
             {"fault": "does not load within 60 s"},
             "ONNX Runtime does not load within 60 s",
-            "pip install --force-reinstall 'moe3d-deploy[cpu]'",
+            "pip install --force-reinstall onnxruntime",
         ),
         (
             {"providers": ["CUDAExecutionProvider"]},
@@ -166,7 +166,7 @@ def test_a_builder_that_does_not_load_or_lacks_polygraphy_is_told(path: str, mon
     assert engine_reasons(path, {**LIBRARIES, "tensorrt_rtx": broken}) == [
         (
             "TensorRT-RTX ends the process that loads it with SIGABRT",
-            "pip install --force-reinstall 'moe3d-deploy[rtx]'",
+            "pip install --force-reinstall tensorrt_rtx",
         )
     ]
     monkeypatch.setitem(sys.modules, "polygraphy", None)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scenes import Arrays, read_cameras
 
-from moe3d_deploy.errors import InputError
+from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import exclusive_lock
 from moe3d_deploy.images import ImageBatch
 from moe3d_deploy.runtime import output_folder
@@ -53,8 +53,9 @@ def test_a_write_that_fails_leaves_the_earlier_scene(
 
     monkeypatch.setattr("moe3d_deploy.runtime.outputs.cameras_json", fail)  # the last file written
     result["depth"] *= 2
-    with pytest.raises(InputError, match="out: cannot write the results .No space left on device"):
+    with pytest.raises(Moe3dError, match="out: cannot write the results .No space left on device") as error:
         write_scene(result, batch, out)
+    assert error.value.exit_code == 1, "a failure, no bad input"
     assert contents(out) == before
 
 
@@ -65,7 +66,7 @@ def test_a_full_disk_leaves_the_earlier_scene_and_one_line(tmp_path: Path, limit
         import resource, sys
         from pathlib import Path
         from scenes import random_result, two_photographs
-        from moe3d_deploy.errors import InputError
+        from moe3d_deploy.errors import Moe3dError
         from moe3d_deploy.runtime.outputs import FORMATS, write_scene
         batch = two_photographs(Path({str(tmp_path)!r}))
         result = random_result(batch)
@@ -74,13 +75,13 @@ def test_a_full_disk_leaves_the_earlier_scene_and_one_line(tmp_path: Path, limit
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
         try:
             write_scene(result, batch, Path({str(tmp_path / "out")!r}), formats=FORMATS)
-        except InputError as error:
+        except Moe3dError as error:
             sys.exit(str(error))
     """
     done = run_python(program, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith(
-        "out: cannot write the results (File too large); choose another output folder"
+        "out: cannot write the results (File too large); make room or choose another place"
     )
     names = set(contents(tmp_path / "out"))
     assert names == {*read_cameras(tmp_path / "out")["files"], "cameras.json"}

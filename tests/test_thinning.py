@@ -1,10 +1,11 @@
 """Fewer points: which ones stay, and that it is always the same ones."""
 
+import re
 from collections import defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe3d_deploy.errors import InputError
@@ -58,6 +59,49 @@ def test_a_voxel_too_small_for_the_scene_is_refused_with_one_that_works() -> Non
     with pytest.raises(InputError, match=r"voxel size of 0.001 is too small .* reaches 5e\+03 .* give 0.0048 or more"):
         one_per_voxel(parts_of(points, np.ones(2, np.float32)), 0.001)
     assert len(one_per_voxel(parts_of(points, np.ones(2, np.float32)), 0.0048)) == 2
+
+
+def suggestion(points: np.ndarray, cut: int, size: float, extent: float | None = None) -> str:
+    with pytest.raises(InputError) as error:
+        one_per_voxel(iter(parts_of(points, np.ones(len(points), np.float32), cut)), size, extent)
+    return re.search(r"; give (\S+) or more, or drop more points$", str(error.value))[1]  # type: ignore[index]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    reach=st.floats(2.0**-20, 1e9, width=32),
+    further=st.floats(1, 100, width=32),
+    share=st.floats(1e-3, 1),
+    signs=st.tuples(st.sampled_from([-1, 1]), st.sampled_from([-1, 1])),
+    extent=st.none() | st.floats(1e-3, 1e6),
+)
+@example(reach=1080.0, further=1.0, share=0.9, signs=(1, 1), extent=None)
+@example(reach=2.0**20 - 1, further=1.0, share=0.9, signs=(-1, -1), extent=None)
+def test_the_voxel_that_a_refusal_names_is_taken(
+    reach: float, further: float, share: float, signs: tuple[int, int], extent: float | None
+) -> None:
+    """Of two parts the second reaches further; a share of the extent is answered with one."""
+    points = np.array([[signs[0] * reach, 0, 0], [0, signs[1] * reach * further, 0]], np.float32)
+    named = suggestion(points, 1, float(np.abs(points).max()) / 2**20 * share, extent)
+    assert named.endswith("%") is (extent is not None)
+    voxel = VoxelSize.parse(named)
+    size = voxel.value * (extent if voxel.relative and extent else 1)
+    assert len(one_per_voxel(parts_of(points, np.ones(2, np.float32)), size, extent)) == 2
+    enough = float(np.abs(points).max()) / (2**20 - 1)
+    assert enough <= size <= enough * 1.11, "two digits, the least such size"
+
+
+def test_a_share_of_the_scene_that_is_too_small_is_answered_with_a_share() -> None:
+    result, images, masks = scene()
+    result["depth"][0, 0, 0] = 5000
+    with pytest.raises(InputError) as error:
+        point_cloud(result, images, masks, drop_lowest=0, voxel=VoxelSize.parse("0.0001%"))
+    named = re.fullmatch(
+        r"a voxel size of 0.0001% is too small for a scene that reaches 5e\+03 units .*; give (\S+%) or more, .*",
+        str(error.value),
+    )
+    assert named is not None
+    assert len(point_cloud(result, images, masks, drop_lowest=0, voxel=VoxelSize.parse(named[1]))) > 0
 
 
 @pytest.mark.parametrize(

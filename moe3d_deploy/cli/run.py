@@ -1,13 +1,17 @@
 """`moe3d run`: images in, depth, cameras, point clouds and pictures out."""
 
+import shlex
 import time
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from moe3d_deploy.cli.arguments import comma_list
 from moe3d_deploy.cli.run_inputs import check_scenes, input_options, read_views, remove_other_scenes, scene_folders
 from moe3d_deploy.cli.run_outputs import depth_line, output_options, parse_outputs, print_json_lines
+
+_EXPERT_OUTPUTS = ("expert_weights", "expert_entropy")
 
 
 @click.command("run", short_help="Run a bundle on images, folders of them or a video")
@@ -59,7 +63,6 @@ def run_command(
     moe3d run bundle left.png right.png -o out
     moe3d run bundle clip.mp4 --max-views 16 -o out
     """
-    from moe3d_deploy.bundle import is_bundle
     from moe3d_deploy.runtime.output_folder import prepare_folder
     from moe3d_deploy.runtime.outputs import check_views, write_scene
     from moe3d_deploy.runtime.session import Session
@@ -105,11 +108,12 @@ def run_command(
             click.echo(note)
 
     before = {"load": opened - started + loaded - prepared, "images": prepared - opened}
+    group = output.resolve().name if group_by_size else None
     for batch, folder in scenes:
         begun = time.perf_counter()
         result = session.run(batch.images)
         computed = time.perf_counter()
-        files = write_scene(result, batch, folder, formats=kinds, options=options)
+        files = write_scene(result, batch, folder, formats=kinds, options=options, group_of=group)
         views, _, height, width = batch.images.shape
         seconds = {**before, "model": computed - begun, "write": time.perf_counter() - computed}
         before = {}  # what comes before the scenes counts in the first
@@ -121,7 +125,31 @@ def run_command(
         click.echo(f"{session.name}: {views} views of {width}x{height}; {times}")
         click.echo(depth_line(folder))
         if session.config and session.config.moe and "expert_weights" not in result:
-            command = "moe3d-export" if is_bundle(source) else "moe3d run"
-            click.echo(f"no expert maps; for them: {command} --outputs expert_weights,expert_entropy")
+            click.echo(f"no expert maps; for them: {_way_to_expert_maps(source)}")
         click.echo(f"{len(files)} files in {folder}: cameras.json, {', '.join(kinds)}")
     remove_other_scenes(output, [folder for _, folder in scenes])
+
+
+def _way_to_expert_maps(source: str) -> str:
+    """What to do for them: another export of a bundle, or of a checkpoint this very run with two outputs more."""
+    from moe3d_deploy.bundle import is_bundle
+    from moe3d_deploy.image_files import shown
+
+    if is_bundle(source):
+        return f"export its checkpoint again with --outputs {','.join(_EXPERT_OUTPUTS)}"
+    context = click.get_current_context()
+    given = dict.fromkeys([*comma_list(context.params["outputs"]), *_EXPERT_OUTPUTS])
+    words = ["moe3d", "run", f"--outputs={','.join(given)}"]
+    positional: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if isinstance(parameter, click.Argument):
+            value = context.params[name]
+            positional += [value] if isinstance(value, str) else value
+        elif name != "outputs" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            flag = isinstance(parameter, click.Option) and parameter.is_flag
+            option = parameter.opts[-1]
+            words.append(option if flag else f"{option}={context.params[name]}")
+    if any(word.startswith("-") and word != "-" for word in positional):
+        words.append("--")
+    return shlex.join(map(shown, [*words, *positional]))

@@ -93,12 +93,15 @@ def check_scenes(session: "Session", scenes: Sequence[tuple["ImageBatch", Path]]
 
 
 def remove_other_scenes(output: Path, folders: Sequence[Path]) -> None:
-    """Remove what earlier runs left in OUT and its folders per size, but for `folders`, which get a new scene."""
-    from moe3d_deploy.runtime.output_folder import remove_earlier_scene, write_errors
+    """Remove what earlier runs into OUT left in it and its folders per size, but for `folders`, which got a new scene.
+
+    A folder that is named like a size, but was the OUT of a run itself, stays as it is.
+    """
+    from moe3d_deploy.runtime.output_folder import is_grouped_scene, remove_earlier_scene, write_errors
 
     with write_errors(output):
         sizes = [entry for entry in output.iterdir() if re.fullmatch(r"[0-9]+x[0-9]+", entry.name) and entry.is_dir()]
-        for folder in {output, *sizes} - set(folders):
+        for folder in {output, *filter(is_grouped_scene, sizes)} - set(folders):
             remove_earlier_scene(folder)
             if folder != output and not any(folder.iterdir()):
                 folder.rmdir()

@@ -22,6 +22,7 @@ def cameras_json(
     pictures: Sequence[Mapping[str, str]],
     files: Sequence[str],
     points: int | None,
+    group_of: str | None = None,
 ) -> bytes:
     """The bytes of cameras.json.
 
@@ -31,6 +32,7 @@ def cameras_json(
     pictures   per view the file names of its pictures by kind
     files      every file of the scene but this one, relative to its folder
     points     in the point cloud; None where none was asked for
+    group_of   name of the folder that holds this scene's, and those of other sizes; None for a scene of its own
     """
     document = {
         "format_version": FORMAT_VERSION,
@@ -45,6 +47,7 @@ def cameras_json(
         },
         "color_ranges": scale.ranges,
         "files": files,
+        "group_of": group_of,
         "points": points,
         "views": [
             _view_entry(arrays, batch, index, masks[index], valid[index], pictures[index], scale)

@@ -10,8 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from moe3d_deploy.errors import InputError
+from moe3d_deploy.disk_errors import remedy
+from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import exclusive_lock, sync
 
 CAMERAS_FILE = "cameras.json"
@@ -27,18 +29,23 @@ _OWN_NAME = re.compile(
 
 @contextmanager
 def write_errors(folder: Path) -> Iterator[None]:
-    """An OSError in the block becomes an InputError that names the folder."""
+    """An OSError in the block becomes an error that names the folder.
+
+    A Moe3dError, which is a failure, where the disk is full or fails; else an InputError: the folder is the wrong one.
+    """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{folder}: cannot write the results ({reason}); choose another output folder") from error
+        what = f"{folder}: cannot write the results ({error.strerror or error})"
+        if full := remedy(error):
+            raise Moe3dError(f"{what}; {full}") from error
+        raise InputError(f"{what}; choose another output folder") from error
 
 
 def prepare_folder(folder: Path) -> None:
     """Create the folder if it is absent and try a file in it, so that minutes of work do not end in an error.
 
-    Raises InputError for a folder that cannot be written.
+    Raises InputError for a folder that cannot be written, Moe3dError for a disk that is full.
     """
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +85,12 @@ def remove_earlier_scene(folder: Path) -> None:
     with _one_writer(folder):
         _remove(folder, _earlier_files(folder))
         (folder / _JOURNAL).unlink(missing_ok=True)
+
+
+def is_grouped_scene(folder: Path) -> bool:
+    """Whether `folder` holds a scene that was written as one of several by size into the folder that it is in now."""
+    group = _listing(folder / CAMERAS_FILE).get("group_of")
+    return group is not None and group == folder.parent.resolve().name
 
 
 def _replace_scene(folder: Path, staging: Path) -> None:
@@ -151,16 +164,21 @@ def _earlier_files(folder: Path) -> list[str]:
 
 def _listed_files(listing: Path) -> list[str]:
     """The files that a cameras.json or journal lists under names that scenes have; none where it makes no sense."""
-    try:
-        status = listing.lstat()
-    except FileNotFoundError:
-        return []
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-        return []
-    try:
-        document = json.loads(listing.read_bytes())
-    except (ValueError, RecursionError):
-        return []
-    listed = document.get("files") if isinstance(document, dict) else None
+    listed = _listing(listing).get("files")
     names = listed if isinstance(listed, list) else []
     return [name for name in names if isinstance(name, str) and _OWN_NAME.fullmatch(name)]
+
+
+def _listing(file: Path) -> dict[str, Any]:
+    """What a cameras.json or journal says; nothing where there is none or it makes no sense."""
+    try:
+        status = file.lstat()
+    except FileNotFoundError:
+        return {}
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
+        return {}
+    try:
+        document = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}

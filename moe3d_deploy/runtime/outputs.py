@@ -55,6 +55,7 @@ def write_scene(
     *,
     formats: Sequence[str] = DEFAULT_FORMATS,
     options: OutputOptions = OutputOptions(),
+    group_of: str | None = None,
 ) -> list[Path]:
     """Write one scene into `folder` (created if absent) and return its files, cameras.json last.
 
@@ -62,6 +63,7 @@ def write_scene(
               optional expert_weights (S, K, H, W), expert_entropy (S, H, W); any other array goes into the npz only
     batch     the images the result belongs to: S views of the network size H x W
     formats   some of FORMATS; `cameras.json` is always written, and last: a folder that has it is complete
+    group_of  of one scene per size the name of the folder that holds all of them, for cameras.json
 
     The files take the place of an earlier scene's all at once (`output_folder.staged_scene`); nothing else is touched.
     docs/outputs.md describes every file.
@@ -92,7 +94,7 @@ def write_scene(
     with write_errors(folder):
         cloud = _cloud(scene, folder, formats, options)
         with staged_scene(folder) as staging:
-            files = _write_files(scene, cloud, staging, formats, options)
+            files = _write_files(scene, cloud, staging, formats, options, group_of)
     return [folder / name for name in files]
 
 
@@ -152,7 +154,12 @@ def _cloud(scene: _Scene, folder: Path, formats: Sequence[str], options: OutputO
 
 
 def _write_files(
-    scene: _Scene, cloud: PointCloud | None, folder: Path, formats: Sequence[str], options: OutputOptions
+    scene: _Scene,
+    cloud: PointCloud | None,
+    folder: Path,
+    formats: Sequence[str],
+    options: OutputOptions,
+    group_of: str | None,
 ) -> list[str]:
     """Write every file and return their names, relative to `folder`."""
     arrays, batch, names = scene.arrays, scene.batch, list[str]()
@@ -171,7 +178,7 @@ def _write_files(
     if "png" in formats:
         names.append("overview.png")
     points = None if cloud is None else len(cloud)
-    document = cameras_json(arrays, batch, scene.masks, scene.valid, scene.scale, drawn, names, points)
+    document = cameras_json(arrays, batch, scene.masks, scene.valid, scene.scale, drawn, names, points, group_of)
     (folder / CAMERAS_FILE).write_bytes(document)
     return [*names, CAMERAS_FILE]
 

@@ -88,9 +88,10 @@ def point_cloud(
     if dropped := math.floor(drop_lowest * confidence.size):
         kept &= result["depth_conf"] >= np.partition(confidence, dropped)[dropped]
     if voxel is not None:
-        size = voxel.value * (_extent(result, kept) if voxel.relative else 1)
+        extent = _extent(result, kept) if voxel.relative else None
+        size = voxel.value * (1 if extent is None else extent)
         if size > 0:  # of no extent are a scene without points and one that is a single point
-            ids = one_per_voxel(_parts(result, kept), size)
+            ids = one_per_voxel(_parts(result, kept), size, extent)
             kept = np.zeros_like(kept)
             kept.flat[ids] = True
     pixels = np.flatnonzero(kept)

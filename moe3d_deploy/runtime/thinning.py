@@ -4,11 +4,13 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context
 
 import numpy as np
 
 from moe3d_deploy.errors import InputError
 
+_CELLS = 1 << 20  # from the origin along an axis, either way: 21 bits
 _PENDING = 1 << 22  # points that wait for the next merge at least: 84 MB
 _EXTENT_PERCENTILES = (1, 99)  # a few points far out do not stretch the scene
 
@@ -45,21 +47,28 @@ def scene_extent(points: np.ndarray) -> float:
     return float(np.linalg.norm(high - low))
 
 
-def one_per_voxel(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], size: float) -> np.ndarray:
+def one_per_voxel(
+    parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], size: float, extent: float | None = None
+) -> np.ndarray:
     """Of the points in each voxel of edge `size` the most confident one, the first among equals.
 
     parts    any number of (points (n, 3), confidence (n,), ids (n,) int64), ids ascending over all parts
+    extent   of the scene, where `size` was given as a share of it: an error then speaks of that share
     returns  the ids that stay, ascending
 
     The voxels are cells of the grid floor(coordinate / size). A point that stays is one that was measured, with its own
     colour and pixel; a mean would lie between surfaces and belong to no pixel. At most twice the points that stay, and
     some millions, are held at a time.
-    Raises InputError where the grid has more than 2^21 cells from the origin along an axis.
+    Raises InputError, with a size that works, where the grid has 2^20 cells or more from the origin along an axis.
     """
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     kept_count = waiting = 0
-    for points, confidence, ids in parts:
-        kept.append(_best(_cells(points, size), confidence, ids))
+    rest = iter(parts)
+    for points, confidence, ids in rest:
+        cells = _cells(points, size)
+        if cells is None:
+            raise _too_small(size, max(_reach(points), *(_reach(more) for more, _, _ in rest), 0.0), extent)
+        kept.append(_best(cells, confidence, ids))
         waiting += len(kept[-1][0])
         if waiting > max(kept_count, _PENDING):
             kept, waiting = [_merged(kept)], 0
@@ -91,18 +100,28 @@ def _scramble(ids: np.ndarray) -> np.ndarray:
     return x
 
 
-def _cells(points: np.ndarray, size: float) -> np.ndarray:
-    """(n,) int64: one number per voxel, 21 bits an axis."""
+def _cells(points: np.ndarray, size: float) -> np.ndarray | None:
+    """(n,) int64: one number per voxel, 21 bits an axis; None where they do not suffice."""
     cells = np.floor(points.astype(np.float64) / size)
-    largest = np.abs(cells).max(initial=0)
-    if largest >= 2**20:
-        reach = float(np.abs(points).max())
-        raise InputError(
-            f"a voxel size of {size:.3g} is too small for a scene that reaches {reach:.3g} units from its origin; "
-            f"give {reach / 2**20 * 1.01:.2g} or more, or drop more points"
-        )
-    numbers = cells.astype(np.int64) + 2**20
+    if np.abs(cells).max(initial=0) >= _CELLS:
+        return None
+    numbers = cells.astype(np.int64) + _CELLS
     return (numbers[:, 0] << 42) | (numbers[:, 1] << 21) | numbers[:, 2]
+
+
+def _reach(points: np.ndarray) -> float:
+    return float(np.abs(points).max(initial=0))
+
+
+def _too_small(size: float, reach: float, extent: float | None) -> InputError:
+    """For points whose largest coordinate is `reach`. The size that it names works, so it is rounded up."""
+    enough = reach / (_CELLS - 1) * (1 + 1e-9)  # a negative coordinate is in the cell below; 1e-9 for the division
+    unit, sign = (extent / 100, "%") if extent is not None else (1.0, "")
+    least = float(Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(enough / unit))
+    return InputError(
+        f"a voxel size of {size / unit:.3g}{sign} is too small for a scene that reaches {reach:.3g} units from its "
+        f"origin; give {least:g}{sign} or more, or drop more points"
+    )
 
 
 def _merged(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
