@@ -1,5 +1,6 @@
 # Every target works on a fresh machine and from any folder: make -C <here> test
-# VENV=... puts the virtual environment elsewhere, PYTHON=... makes it with another interpreter, ARGS=... goes to pytest.
+# VENV=... puts the virtual environment elsewhere, PYTHON=... makes it with another interpreter. ARGS=... goes to the
+# program that a target runs: pytest for the tests, else the module, such as ARGS="--kills 5" for reliability.
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
@@ -7,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moe3d-setup
 
-.PHONY: help setup lint test test-full test-golden-full coverage mutants demo clean
+.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz demo clean
 
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"

@@ -164,7 +164,7 @@ def _run(
 ) -> None:
     facts["shapes"] = []
     try:
-        with trt.EngineRunner(engine.path, builder=BUILDER) as runner:
+        with trt.EngineRunner(engine.path, builder=BUILDER, built_by=engine.version) as runner:
             for shape in shapes_to_try(engine.profile):
                 batch, views, height, width = shape
                 patches = (batch, views, height // reference.patch_size, width // reference.patch_size)

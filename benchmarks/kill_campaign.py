@@ -117,8 +117,8 @@ def kill_builds(
             shutil.rmtree(folder / _BUNDLE)
             shutil.copytree(bundle, folder / _BUNDLE)
         _kill(start(terminal=True), dice, campaign)
-        engines = Bundle.open(folder / _BUNDLE).manifest.engines  # raises unless it is whole
-        state = "with" if engines else "without"
+        bundle_left = _opened(folder, campaign)
+        state = "damaged" if bundle_left is None else "with" if bundle_left.manifest.engines else "without"
         campaign.left[state] += 1
         _next_run(start(), folder, campaign, engines=1)
         tell(f"build killed after {campaign.moments[-1]:.1f} s: {state}")
@@ -164,16 +164,26 @@ def _manifest(folder: Path) -> bytes:
 
 
 def _state(folder: Path, before: bytes, campaign: Campaign) -> str:
-    """absent, old, new or aside; raises BundleError for a bundle that is there and not whole."""
+    """absent, old, new, aside, or damaged, which is a fault."""
     path = folder / _BUNDLE
     if path.exists():
-        Bundle.open(path)
+        if _opened(folder, campaign) is None:
+            return "damaged"
         return "old" if before and _same_folder(path, before) else "new"
     if any(entry.name.startswith(f".{_BUNDLE}.old-") for entry in folder.iterdir()):
         return "aside"
     if before:
         campaign.faults.append("the old bundle is gone")
     return "absent"
+
+
+def _opened(folder: Path, campaign: Campaign) -> Bundle | None:
+    """The bundle that the last kill has left; None, and a fault with its moment, where it is not whole."""
+    try:
+        return Bundle.open(folder / _BUNDLE)
+    except BundleError as error:
+        campaign.faults.append(f"after a kill at {campaign.moments[-1]:.2f} s: {error}")
+        return None
 
 
 def _same_folder(path: Path, before: bytes) -> bool:
@@ -191,11 +201,13 @@ def _next_run(command: Command, folder: Path, campaign: Campaign, engines: int =
     except BundleError as error:
         campaign.faults.append(f"after the next run: {error}")
         return
-    if len(bundle.manifest.engines) != engines:
-        campaign.faults.append(f"after the next run there are {len(bundle.manifest.engines)} engines")
-    campaign.next_succeeded += 1
+    if len(bundle.manifest.engines) == engines:
+        campaign.next_succeeded += 1
+    else:
+        campaign.faults.append(f"after the next run there are {len(bundle.manifest.engines)} engines, not {engines}")
     stray = [path.name for path in folder.rglob("*") if path.name.startswith(".")]
     stray += [path.name for path in folder.iterdir() if path.name != _BUNDLE]
-    campaign.stray += len(stray) + len(ended.processes) + len(ended.temporary)
-    if campaign.stray:
+    count = len(stray) + len(ended.processes) + len(ended.temporary)
+    campaign.stray += count
+    if count:
         campaign.faults.append(f"after the next run: {stray}, {ended.processes}, {ended.temporary}")

@@ -20,13 +20,14 @@ from moe3d_deploy.benchmarks.commands import MOE3D
 from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.benchmarks.fuzz import TARGETS, fuzz
 from moe3d_deploy.benchmarks.kill_campaign import Campaign, kill_builds, kill_exports
+from moe3d_deploy.benchmarks.survival_table import environment_of
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "kills", "fuzz")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Every kind of layer once, so that an export takes seconds.
 _CONFIG = {
@@ -51,13 +52,14 @@ _CONFIG = {
 @click.option("--seed", type=click.IntRange(min=1), default=1, show_default=True)
 def main(out: Path, only: tuple[str, ...], kills: int, fuzz_seconds: float, seed: int) -> None:
     """Run the survival tests, the kill campaigns and the fuzz campaigns, and write what came of them."""
-    report = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"tests": [], "kills": {}, "fuzz": {}}
-    report |= {"format_version": FORMAT_VERSION, "environment": environment()}
+    report = _earlier(out)
+    facts = environment()
     seconds: dict[str, float] = report.setdefault("seconds", {})
     faults: list[str] = []
 
     def keep(part: str, started: float) -> None:
         seconds[part] = round(time.perf_counter() - started, 1)
+        report["environments"][part] = facts
         text = json.dumps(_portable(report), indent=2, sort_keys=True)
         atomic_write(out, (text + "\n").encode("utf-8"))
 
@@ -76,6 +78,15 @@ def main(out: Path, only: tuple[str, ...], kills: int, fuzz_seconds: float, seed
             keep(part, started)
     if faults:
         raise Moe3dError(f"{len(faults)} faults: {'; '.join(faults)}")
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """The report so far, each measured part with its own environment; an older file has one for all."""
+    empty: dict[str, Any] = {"tests": [], "kills": {}, "fuzz": {}}
+    report = empty | (json.loads(out.read_text(encoding="utf-8")) if out.exists() else {})
+    found = {part: environment_of(report, part) for part in PARTS if report[part]}
+    report.pop("environment", None)
+    return report | {"format_version": FORMAT_VERSION, "environments": {k: v for k, v in found.items() if v}}
 
 
 def _tell(line: str) -> None:

@@ -17,17 +17,23 @@ _OUTCOMES = {
     "new": "the new bundle, whole",
     "without": "the bundle without the engine",
     "with": "the bundle with the engine",
+    "damaged": "a bundle that is not whole",
 }
+_PACKAGES_SHOWN = ("torch", "onnx", "onnxruntime", "tensorrt_rtx")
 
 
 @dataclass(frozen=True)
 class Row:
-    """An input or event, what has to happen, and, where that shows on a GPU alone, why and in which GPU check."""
+    """An input or event, what has to happen, and, where that shows on a GPU alone, why and in which GPU check.
+
+    missing   why there is nothing to test yet
+    """
 
     name: str
     expected: str
     gpu: str | None = None
     check: str | None = None
+    missing: str | None = None
 
 
 ROWS: tuple[Row, ...] = (
@@ -39,7 +45,8 @@ ROWS: tuple[Row, ...] = (
     Row("special files", "refused without waiting for them"),
     Row("engine damaged", "refused before TensorRT sees a byte; the ONNX file still runs; a new build replaces it"),
     Row("engine of another version or GPU", "one line with both versions and the command to rebuild it",
-        gpu="loading an engine takes a GPU; its record is tested", check="rtx_engine_runs"),
+        gpu="what the library says of such an engine shows on a GPU; the line around it is tested",
+        check="rtx_engine_runs"),
     Row("safetensors damaged", "refused before a tensor is used"),
     Row("weights that do not fit", "the first few problems, the closest known names"),
     Row("weights that are not finite", "refused: the tensor is named"),
@@ -60,18 +67,24 @@ ROWS: tuple[Row, ...] = (
     Row("interrupted twice", "an impatient Ctrl-C: one line, no traceback; at worst the next export cleans up"),
     Row("out of memory", "one line, exit code 1, nothing left"),
     Row("out of GPU memory", "an estimate against what is available; the process stays usable",
-        gpu="device memory is a GPU's", check="torch_full_size"),
+        missing="nothing here estimates or catches a lack of device memory"),
     Row("dying child process", "one line: which stage and how it ended; nothing left"),
     Row("hung child process", "Ctrl-C ends it within the grace; nothing left"),
     Row("a clock that jumps", "same results: durations are monotonic, no decision rests on the time of day"),
     Row("no GPU and no driver", "export, inspect and run work; what needs a GPU says so"),
     Row("threads that share a session", "the same results as one after the other"),
     Row("interpreter shutdown", "a session that is still open ends silently with the process"),
-    Row("fork after CUDA is in use", "documented limits", gpu="no CUDA context exists without a GPU"),
+    Row("fork after CUDA is in use", "documented limits (below)", gpu="no CUDA context exists without a GPU"),
     Row("CUDA graphs and changing shapes", "captured again per shape",
-        gpu="nothing here captures CUDA graphs yet, and they need a GPU"),
+        missing="nothing here captures CUDA graphs"),
 )  # fmt: skip
 ROW_OF: Mapping[str, Row] = {row.name: row for row in ROWS}
+
+
+def environment_of(report: Mapping[str, Any], part: str) -> Mapping[str, Any] | None:
+    """Where a part (tests, kills, fuzz) was measured; a report with one `environment` has that for every other part."""
+    found: Mapping[str, Any] | None = report.get("environments", {}).get(part, report.get("environment"))
+    return found
 
 
 def survival_matrix(report: Mapping[str, Any]) -> str:
@@ -80,10 +93,14 @@ def survival_matrix(report: Mapping[str, Any]) -> str:
     for row in ROWS:
         tests = _by_function([test for test in report["tests"] if test["row"] == row.name])
         lines += [_test_line(row, index, *item) for index, item in enumerate(tests.items())]
+        if row.missing:
+            lines.append(f"| {_name(row, bool(tests))} | | not built yet: {row.missing} | |")
         if row.gpu:
             check = f", GPU check `{row.check}`" if row.check else ""
             lines.append(f"| {_name(row, bool(tests))} | | needs a GPU: not run ({row.gpu}{check}) | |")
-    return "\n".join([*lines, "", _summary(report)])
+    outcomes = [test["outcome"] for test in report["tests"]]
+    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(set(outcomes)))
+    return "\n".join([*lines, *_measured(report, "tests", counts)])
 
 
 def survival_kills(report: Mapping[str, Any]) -> str:
@@ -101,7 +118,7 @@ def survival_kills(report: Mapping[str, Any]) -> str:
             f"| {stages} | {left} | {campaign['next_succeeded']} of {campaign['kills']} succeeded, "
             f"{campaign['stray']} stray files, locks or processes |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_measured(report, "kills")])
 
 
 def survival_fuzz(report: Mapping[str, Any]) -> str:
@@ -115,7 +132,7 @@ def survival_fuzz(report: Mapping[str, Any]) -> str:
             f"| {name} | {run['inputs']:,} | {run['accepted']:,} | {run['refusals']:,} | {len(run['findings'])} "
             f"| {run['seconds']:.0f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_measured(report, "fuzz")])
 
 
 def _by_function(tests: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -148,12 +165,16 @@ def _cell(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
-def _summary(report: Mapping[str, Any]) -> str:
-    outcomes = [test["outcome"] for test in report["tests"]]
-    counts = ", ".join(f"{outcomes.count(name)} {name}" for name in sorted(set(outcomes)))
-    facts = report["environment"]
-    return (
-        f"{counts}; {facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
-        f"{facts['memory_bytes'] / 2**30:.0f} GiB, Python {facts['python']}, revision "
-        f"{(facts['git']['revision'] or 'unknown')[:12]}; `{facts['command']}`."
-    )
+def _measured(report: Mapping[str, Any], part: str, counts: str = "") -> list[str]:
+    """The lines under a table: machine, versions, state of the code and command of its measurement."""
+    facts = environment_of(report, part)
+    if facts is None:
+        return ["", counts] if counts else []
+    packages = ", ".join(f"{name} {facts['packages'][name]}" for name in _PACKAGES_SHOWN if name in facts["packages"])
+    git = facts["git"]
+    changes = " with uncommitted changes" if git["dirty"] else ""
+    return ["", (
+        f"{counts}{'; ' if counts else ''}{facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
+        f"{facts['memory_bytes'] / 2**30:.0f} GiB, Python {facts['python']}, {packages}; revision "
+        f"{(git['revision'] or 'unknown')[:12]}{changes}; `{facts['command']}`."
+    )]  # fmt: skip

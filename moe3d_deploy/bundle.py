@@ -14,7 +14,8 @@ from typing import Literal
 
 from moe3d_deploy.bundle_files import check_file, check_folder, check_model, entry_of, read_manifest, regular_files
 from moe3d_deploy.bundle_staging import clean_up, leftovers, sibling, writer_lock
-from moe3d_deploy.errors import BundleError, InputError
+from moe3d_deploy.disk_errors import remedy
+from moe3d_deploy.errors import BundleError, InputError, Moe3dError
 from moe3d_deploy.files import atomic_path, atomic_write, remove_partials, sync
 from moe3d_deploy.manifest import MANIFEST_NAME, EngineRecord, Manifest, Profile, check_name
 
@@ -284,7 +285,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def _os_errors(path: Path | str) -> Iterator[None]:
+    """A disk that is full or fails is a Moe3dError, a failure; any other OSError is a BundleError: the wrong place."""
     try:
         yield
     except OSError as error:
-        raise BundleError(f"bundle {path} cannot be written: {error}; check space and rights, then repeat") from error
+        what = f"bundle {path} cannot be written: {error}"
+        if full := remedy(error):
+            raise Moe3dError(f"{what}; {full}") from error
+        raise BundleError(f"{what}; check its rights or choose another place") from error

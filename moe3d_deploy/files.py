@@ -4,7 +4,6 @@ A file is written beside its final name, synced to the disk and renamed. Errors 
 no permission) pass through as OSError.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from moe3d_deploy.disk_errors import FULL
+
 _CHUNK_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}(\.[^.]*)?", re.DOTALL)
 
@@ -54,7 +54,7 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
         os.replace(temp, final)
         sync(final.parent)
     except OSError as error:
-        if error.errno in _FULL and error.filename is None:  # a failed write does not say of which file
+        if error.errno in FULL and error.filename is None:  # a failed write does not say of which file
             error.filename = str(final)
         raise
     finally:

@@ -10,7 +10,7 @@ from manifests import ENGINE, example_engine, example_manifest
 from moe3d_deploy import bundle as bundle_module
 from moe3d_deploy import bundle_files, files
 from moe3d_deploy.bundle import Bundle, BundleWriter, add_engine, engine_name
-from moe3d_deploy.errors import BundleError, InputError
+from moe3d_deploy.errors import BundleError, InputError, Moe3dError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Profile
 
 pytest_plugins = ["bundle_fixtures"]
@@ -62,7 +62,7 @@ def test_an_engine_that_cannot_be_recorded_leaves_the_bundle_as_it_was(bundle: P
         add_engine(bundle, record, build_new)
     with pytest.raises(BundleError, match="is empty; build it again"):
         add_engine(bundle, example_engine(), lambda temp, manifest: temp.touch())
-    with pytest.raises(BundleError, match=r"cannot be written: .*No such file"):
+    with pytest.raises(BundleError, match=r"cannot be written: .*No such file.*check its rights or choose"):
         add_engine(bundle, example_engine(), lambda temp, manifest: None)
     with pytest.raises(InputError, match=r"came back as engines/other\.plan; keep its file name"):
         add_engine(bundle, example_engine(), build_another)
@@ -233,10 +233,11 @@ def test_a_disk_that_fails_while_an_engine_is_added_or_looked_at_is_told_with_th
         Bundle.open(bundle)
     assert str(error.value) == expected
     monkeypatch.undo()
-    with pytest.raises(BundleError) as error:
+    with pytest.raises(Moe3dError) as failed:
         add_engine(bundle, example_engine(), fail)
-    expected = f"bundle {bundle} cannot be written: [Errno 5] Input/output error; check space and rights, then repeat"
-    assert str(error.value) == expected
+    expected = f"bundle {bundle} cannot be written: [Errno 5] Input/output error; "
+    assert str(failed.value) == expected + "check the disk (see `dmesg`) or choose another place"
+    assert failed.value.exit_code == 1
 
 
 def test_capital_letters_of_a_model_stay_in_the_name_of_its_engine() -> None:

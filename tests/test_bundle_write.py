@@ -10,7 +10,7 @@ from manifests import ENGINE, example_manifest
 from moe3d_deploy import bundle as bundle_module
 from moe3d_deploy import bundle_staging
 from moe3d_deploy.bundle import Bundle, BundleWriter
-from moe3d_deploy.errors import BundleError, InputError
+from moe3d_deploy.errors import BundleError, InputError, Moe3dError
 from moe3d_deploy.manifest import MANIFEST_NAME
 
 pytest_plugins = ["bundle_fixtures"]
@@ -191,8 +191,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device", "model.onnx")
 
     monkeypatch.setattr("moe3d_deploy.bundle.sync", full)
-    with pytest.raises(BundleError, match="cannot be written: .*No space left on device.*check space"):
+    with pytest.raises(Moe3dError, match="cannot be written: .*No space left on device.*make room or choose") as error:
         write_bundle(tmp_path / "bundle")
+    assert error.value.exit_code == 1, "a failure, no bad input"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,10 +219,11 @@ def test_a_disk_that_fails_at_the_start_in_the_commit_or_at_the_end_is_told_with
                 writer.commit(example_manifest())
 
     monkeypatch.setattr(owner, step, fail)
-    with pytest.raises(BundleError) as error:
+    with pytest.raises(Moe3dError) as error:
         write()
     expected = f"bundle {tmp_path / 'bundle'} cannot be written: [Errno 5] Input/output error; "
-    assert str(error.value) == expected + "check space and rights, then repeat"
+    assert str(error.value) == expected + "check the disk (see `dmesg`) or choose another place"
+    assert error.value.exit_code == 1
 
 
 def test_a_writer_that_was_left_has_no_folder_any_more(tmp_path: Path) -> None:

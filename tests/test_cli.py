@@ -112,8 +112,20 @@ def test_a_project_error_is_one_line_and_its_exit_code(
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
-        (OSError(errno.EACCES, "Permission denied", "out/x.ply"), "out/x.ply: Permission denied", 1),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", 1),
+        (
+            OSError(errno.EACCES, "Permission denied", "out/x.ply"),
+            "out/x.ply: Permission denied; check the rights or choose another place",
+            2,
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            "Read-only file system; check the rights or choose another place",
+            2,
+        ),
+        (OSError(errno.ENOSPC, "No space"), "No space; make room or choose another place", 1),
+        (OSError(errno.EDQUOT, "Quota"), "Quota; make room or choose another place", 1),
+        (OSError(errno.EFBIG, "Too large", "a"), "a: Too large; make room or choose another place", 1),
+        (OSError(errno.EIO, "I/O error"), "I/O error; check the disk (see `dmesg`) or choose another place", 1),
         (OSError(errno.EXDEV, "Cross-device link", "a", None, "b"), "a -> b: Cross-device link", 1),
         (OSError("cannot identify image file 'a.png'"), "cannot identify image file 'a.png'", 1),
         (MemoryError(), "out of memory; use fewer views, smaller images or a machine with more memory", 1),
@@ -240,7 +252,10 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
-    assert (result.returncode, result.stderr) == (1, "moe3d-export: No space left on device\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "moe3d-export: No space left on device; make room or choose another place\n",
+    )
 
 
 @pytest.mark.parametrize("code", [BUFFERED, BUFFERED.replace("print(", "click.echo(")], ids=["print", "echo"])

@@ -53,8 +53,8 @@ class FakeRunner:
     factor = 1.0
     error: EngineError | None = None
 
-    def __init__(self, path: Path, *, builder: str) -> None:
-        assert (path.name, builder) == ("tiny.plan", "tensorrt-rtx")
+    def __init__(self, path: Path, *, builder: str, built_by: str) -> None:
+        assert (path.name, builder, bool(built_by)) == ("tiny.plan", "tensorrt-rtx", True)
         self.model = load_model(open_checkpoint("moe3d-tiny"))
 
     def __enter__(self) -> "FakeRunner":

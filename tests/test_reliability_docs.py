@@ -5,13 +5,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from click.testing import CliRunner
 
-from moe3d_deploy.benchmarks import reliability, tables
+from moe3d_deploy.benchmarks import kill_campaign, reliability, tables
+from moe3d_deploy.benchmarks.commands import Command, Ended
 from moe3d_deploy.benchmarks.gpu_checks import CHECKS
+from moe3d_deploy.benchmarks.kill_campaign import Campaign
 from moe3d_deploy.benchmarks.survival_table import ROW_OF, ROWS, survival_fuzz, survival_kills, survival_matrix
+from moe3d_deploy.manifest import MANIFEST_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "reliability_cpu.json"
@@ -28,7 +33,7 @@ def marked() -> dict[str, list[str]]:
 
 
 def test_every_row_has_a_test_or_says_why_it_needs_a_gpu() -> None:
-    assert [row.name for row in ROWS if row.name not in marked() and not row.gpu] == []
+    assert [row.name for row in ROWS if row.name not in marked() and not (row.gpu or row.missing)] == []
 
 
 def test_every_test_is_of_a_row() -> None:
@@ -99,7 +104,8 @@ FACTS = {
     "cpu": {"usable_cores": 2, "name": "CPU"},
     "memory_bytes": 2**34,
     "python": "3.11.7",
-    "git": {"revision": "0123456789abcdef"},
+    "packages": {"torch": "2.13.0", "click": "8.0"},
+    "git": {"revision": "0123456789abcdef", "dirty": False},
     "command": "python -m x",
 }
 
@@ -109,7 +115,9 @@ def test_a_row_shows_what_was_printed_and_its_test() -> None:
     table = survival_matrix({"tests": cases, "environment": FACTS})
     (line,) = [line for line in table.splitlines() if line.startswith("| **manifest damaged**")]
     assert line.endswith("| cut off | `moe3d: bundle \\| is 'damaged'` (2) | test_it, 2 cases |")
-    assert "2 passed; 2 cores of CPU, 16 GiB, Python 3.11.7, revision 0123456789ab; `python -m x`." in table
+    assert (
+        "2 passed; 2 cores of CPU, 16 GiB, Python 3.11.7, torch 2.13.0; revision 0123456789ab; `python -m x`." in table
+    )
 
 
 def test_a_failed_and_a_skipped_test_show_as_such() -> None:
@@ -125,6 +133,73 @@ def test_every_row_of_a_gpu_names_its_reason() -> None:
     table = survival_matrix({"tests": [], "environment": FACTS})
     assert table.count("needs a GPU: not run (") == sum(1 for row in ROWS if row.gpu)
     assert "GPU check `rtx_engine_runs`" in table
+    assert table.count("| not built yet: ") == sum(1 for row in ROWS if row.missing) > 0
+
+
+def test_every_part_names_its_own_measurement_and_an_older_file_one_for_all() -> None:
+    dirty = FACTS | {"git": {"revision": "fedcba9876543210", "dirty": True}, "command": "python -m y"}
+    report = {"tests": [], "kills": {}, "fuzz": {}, "environment": FACTS, "environments": {"fuzz": dirty}}
+    assert "revision 0123456789ab; `python -m x`." in survival_kills(report)
+    assert "revision 0123456789ab; `python -m x`." in survival_matrix(report)
+    assert "revision fedcba987654 with uncommitted changes; `python -m y`." in survival_fuzz(report)
+
+
+def test_a_part_that_runs_again_leaves_the_others_their_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    old = {"format_version": 1, "environment": FACTS, "seconds": {"kills": 9}, "tests": [record("disk full")]}
+    out.write_text(json.dumps(old | {"kills": {"export": {}}, "fuzz": {}}))
+    monkeypatch.setattr(reliability, "environment", lambda: FACTS | {"command": "python -m y"})
+    monkeypatch.setattr(reliability, "_run_tests", lambda work: ([record("disk full", how="new")], []))
+    assert CliRunner().invoke(reliability.main, ["--out", str(out), "--only", "tests"]).exit_code == 0
+    report = json.loads(out.read_text())
+    assert report["tests"][0]["how"] == "new"
+    assert "environment" not in report
+    commands = {part: facts["command"] for part, facts in report["environments"].items()}
+    assert commands == {"tests": "python -m y", "kills": "python -m x"}, "fuzz was never measured"
+
+
+def campaign() -> Campaign:
+    return Campaign(whole_seconds=1.0, moments=[0.25])
+
+
+def test_a_damaged_bundle_after_a_kill_is_a_fault_and_the_campaign_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / MANIFEST_NAME).write_text("{")
+    kills = campaign()
+    assert kill_campaign._state(tmp_path, b"", kills) == "damaged"
+    (fault,) = kills.faults
+    assert fault.startswith("after a kill at 0.25 s: ")
+
+
+class Done:
+    """A command that has ended well."""
+
+    def __enter__(self) -> "Done":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait(self) -> Ended:
+        return Ended(0, "", [], [], [], 0.1)
+
+
+def test_only_a_next_run_with_its_engines_succeeds_and_stray_files_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills, command = campaign(), cast(Command, Done())
+    opened = SimpleNamespace(manifest=SimpleNamespace(engines=[]))
+    monkeypatch.setattr(kill_campaign, "Bundle", SimpleNamespace(open=lambda path: opened))
+    (tmp_path / ".left").touch()
+    kill_campaign._next_run(command, tmp_path, kills, engines=1)
+    assert kills.next_succeeded == 0
+    assert kills.faults[0] == "after the next run there are 0 engines, not 1"
+    assert (kills.stray, len(kills.faults)) == (2, 2), "hidden, and beside the bundle"
+    (tmp_path / ".left").unlink()
+    kill_campaign._next_run(command, tmp_path, kills)
+    assert (kills.next_succeeded, kills.stray, len(kills.faults)) == (1, 2, 2)
 
 
 def test_kills_and_fuzzing_show_their_counts() -> None:

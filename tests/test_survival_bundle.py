@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import tracemalloc
@@ -308,10 +309,10 @@ def test_a_damaged_engine_is_replaced_by_the_next_build(good: Path) -> None:
 
 @pytest.mark.survival(
     row="engine of another version or GPU",
-    how="its record names version and GPUs; loading it without a GPU is one line",
+    how="its record names version and GPUs; one that does not load is one line with both versions and the command",
 )
 def test_an_engine_says_what_it_was_built_by_and_for(
-    good: Path, printed: Printed, capsys: pytest.CaptureFixture[str]
+    good: Path, printed: Printed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (record,) = Bundle.open(good).manifest.engines
     assert record.builder_version == trt.available()["tensorrt-rtx"]
@@ -322,4 +323,11 @@ def test_an_engine_says_what_it_was_built_by_and_for(
         pytest.skip("a GPU is here: rtx_engine_runs of the GPU checks loads engines")
     with pytest.raises(EngineError, match="needs an NVIDIA GPU and its driver; none is visible") as caught:
         trt.EngineRunner(engine_of(good), builder="tensorrt-rtx")
-    printed(str(caught.value), 1)
+    monkeypatch.setattr("moe3d_deploy.trt.installed.visible_gpus", lambda: [(8, 9)])  # the library finds none
+    with pytest.raises(EngineError) as caught:
+        trt.EngineRunner(engine_of(good), builder="tensorrt-rtx", built_by="1.0.0.1", bundle="bundle")
+    assert re.search(
+        rf"\.plan: TensorRT-RTX {re.escape(record.builder_version)}\S* cannot load it: ", str(caught.value)
+    )
+    assert str(caught.value).endswith("; TensorRT-RTX 1.0.0.1 built it; build it again here with: moe3d-export bundle")
+    printed(str(caught.value), caught.value.exit_code)

@@ -87,7 +87,7 @@ def test_a_build_without_memory_is_one_line_and_the_bundle_stays(size: int, plai
     pytest.importorskip("tensorrt_rtx", reason="builds an engine: pip install 'moe3d-deploy[rtx]'")
     before = content(plain)
     ended = moe3d(["export", plain, "--views", "1:2:4"], plain.parent, setup=most_memory(size), **ONE_THREAD)
-    printed(assert_one_line(ended, 1), 1)
+    printed(assert_one_line(ended, 1, names="memory"), 1)
     assert content(plain) == before
     assert hidden(plain.parent) == []
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from survival import Refused
 
 from moe3d_deploy.checkpoint import open_checkpoint
+from moe3d_deploy.cli.main import main
 from moe3d_deploy.errors import CheckpointError
 
 pytest_plugins = ["survival_fixtures"]
@@ -159,15 +160,19 @@ def test_another_number_of_experts_is_refused(checkpoint: Path, export: Callable
 
 
 @pytest.mark.survival(
-    row="weights that are not finite", how="one NaN, infinity, or value beyond half precision in one tensor"
+    row="weights that are not finite",
+    how="one NaN or infinity in one tensor; one 65,520, which half precision rounds to infinity",
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(float("nan"), "float32"), (float("inf"), "float32"), (-float("inf"), "float32"), (65_520.0, "float16")],
+)
 def test_a_value_that_is_not_finite_is_refused_by_its_tensor(
-    value: float, checkpoint: Path, tmp_path: Path, refused: Refused
+    value: float, dtype: str, checkpoint: Path, tmp_path: Path, refused: Refused
 ) -> None:
     name = "aggregator.frame_blocks.0.attn.qkv.weight"
     change(checkpoint, lambda tensors: tensors[name].view(-1).__setitem__(7, value))
-    refused("convert", checkpoint, "-o", tmp_path / "out", "--keep-vggt", names=name)
+    refused("convert", checkpoint, "-o", tmp_path / "out", "--keep-vggt", "--dtype", dtype, names=name)
     assert not list((tmp_path / "out").glob("*")), "nothing half-written"
 
 
@@ -182,13 +187,14 @@ class Malicious:
 
 
 @pytest.mark.survival(
-    row="pickle checkpoint", how="a good .pt, a malicious one, a cut off one; without and with --allow-pickle"
+    row="pickle checkpoint", how="a malicious .pt, a cut off one, a good one; without and with --allow-pickle"
 )
 @pytest.mark.parametrize("allow", [False, True])
-@pytest.mark.parametrize("kind", ["malicious", "malicious torch file", "cut off", "text", "numpy"])
+@pytest.mark.parametrize("kind", ["malicious", "malicious torch file", "cut off", "text", "numpy", "good"])
 def test_a_pickle_never_runs_code(
     kind: str, allow: bool, tmp_path: Path, export: Callable[..., str], checkpoint: Path
 ) -> None:
+    """And only a good one that was asked for is taken."""
     proof, path = tmp_path / "proof", checkpoint / "model.pt"
     if kind == "malicious":
         path.write_bytes(pickle.dumps(Malicious(proof)))
@@ -201,6 +207,15 @@ def test_a_pickle_never_runs_code(
         path.with_suffix(".npy").rename(path)
     else:
         torch.save(load_file(checkpoint / WEIGHTS), path)
-        path.write_bytes(path.read_bytes()[:5000])
-    export(*(["--allow-pickle"] if allow else []), source=path, names="model.pt")
+        if kind == "cut off":
+            path.write_bytes(path.read_bytes()[:5000])
+    if kind == "good" and allow:
+        taken = checkpoint.parent / "taken"
+        assert main(["convert", str(path), "-o", str(taken), "--keep-vggt", "--allow-pickle"]) == 0
+        weights, expected = load_file(taken / WEIGHTS), load_file(checkpoint / WEIGHTS)
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    else:
+        named = "--allow-pickle" if kind == "good" else "model.pt"
+        export(*(["--allow-pickle"] if allow else []), source=path, names=named)
     assert not proof.exists()

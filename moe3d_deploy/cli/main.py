@@ -20,7 +20,8 @@ import click
 from moe3d_deploy import __version__
 from moe3d_deploy.child import is_out_of_memory
 from moe3d_deploy.cli.notices import warnings_as_lines
-from moe3d_deploy.errors import EXTRA_OF, MissingExtraError, Moe3dError
+from moe3d_deploy.disk_errors import is_not_allowed, remedy
+from moe3d_deploy.errors import EXTRA_OF, InputError, MissingExtraError, Moe3dError
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _INTERNAL_MESSAGE_CHARACTERS = 500  # ONNX and TensorRT can write pages
@@ -196,7 +197,10 @@ def _describe(error: BaseException) -> tuple[str, int]:
         return f"out of memory{detail}; use fewer views, smaller images or a machine with more memory", 1
     if isinstance(error, OSError) and error.strerror:
         names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, (str, bytes))]
-        return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror]), 1
+        said = ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
+        if is_not_allowed(error):
+            return f"{said}; check the rights or choose another place", InputError.exit_code
+        return "; ".join(filter(None, (said, remedy(error)))), 1
     if isinstance(error, OSError) and str(error):
         return str(error), 1
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -95,6 +95,8 @@ def build_engine(
         except PolygraphyException as error:
             watch.raise_if_stopped(path.name)
             why = reason(messages.errors) or one_line(str(error))
+            if any(map(installed.says_memory_ran_out, [*messages.errors, str(error)])):
+                why = f"{installed.OUT_OF_MEMORY}, or a smaller largest shape"
             raise EngineError(
                 f"{path.name}: {installed.title(builder)} {trt.__version__} cannot build it: {why}"
             ) from None

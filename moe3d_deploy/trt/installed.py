@@ -1,18 +1,24 @@
 """Which builders are installed, which GPUs are there, and loading a builder's library with Polygraphy over it."""
 
+import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe3d_deploy.child import is_out_of_memory
 from moe3d_deploy.cuda_driver import Capability, compute_capabilities
 from moe3d_deploy.errors import EngineError, InputError, MissingExtraError
 from moe3d_deploy.trt.watch import one_line
 
 RTX_CAPABILITIES: tuple[Capability, ...] = ((8, 0), (8, 6), (8, 9), (12, 0))
 """What a TensorRT-RTX engine is built for unless told otherwise, whatever GPU the building machine has."""
+
+OUT_OF_MEMORY = "it ran out of memory; free some, or use a machine with more"
 
 
 class _Library(NamedTuple):
@@ -65,6 +71,8 @@ def load(builder: str) -> Any:
         trt = importlib.import_module(_LIBRARIES[builder].module)
         from polygraphy import config
     except (ImportError, OSError) as error:
+        if says_memory_ran_out(str(error)) or _lacks_memory(_LIBRARIES[builder], str(error)):
+            raise EngineError(f"{title(builder)} does not load: {OUT_OF_MEMORY}") from None
         raise EngineError(f"{title(builder)} does not load: {one_line(str(error))}; install it again") from None
     finally:
         if before is None:
@@ -76,6 +84,29 @@ def load(builder: str) -> Any:
             f"this process already uses the other builder, so it cannot use {title(builder)}; start another process"
         )
     return trt
+
+
+def says_memory_ran_out(message: str) -> bool:
+    """Whether a message of TensorRT's, or of the loader of its library, is about memory that could not be had."""
+    return is_out_of_memory(RuntimeError.__name__, message)
+
+
+def _lacks_memory(library: _Library, message: str) -> bool:
+    """Whether the file that the loader "cannot open" is installed and there is no memory to map it.
+
+    The package tries to load its files first and hides what went wrong; the loader then looks for them elsewhere.
+    """
+    missing = re.match(r"([\w.+-]+): cannot open shared object file", message)
+    spec = importlib.util.find_spec(library.module)
+    if missing is None or spec is None or spec.origin is None:
+        return False
+    packages = Path(spec.origin).parent.parent
+    for path in packages.glob(f"{library.module}*/{missing[1]}"):
+        try:
+            ctypes.CDLL(str(path))
+        except OSError as error:
+            return says_memory_ran_out(str(error))
+    return False
 
 
 def target_capabilities(builder: str, asked: Sequence[Capability] | None = None) -> tuple[Capability, ...]:

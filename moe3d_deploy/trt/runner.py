@@ -20,7 +20,18 @@ class EngineRunner:
     An engine is code: load only what you trust.
     """
 
-    def __init__(self, plan_path: str | os.PathLike[str], *, builder: str) -> None:
+    def __init__(
+        self,
+        plan_path: str | os.PathLike[str],
+        *,
+        builder: str,
+        built_by: str | None = None,
+        bundle: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Load the engine; `built_by`, its record's builder_version, and `bundle` are for the error of one that fails.
+
+        Raises InputError, MissingExtraError or EngineError.
+        """
         path = Path(plan_path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; give an engine (.plan)")
@@ -39,8 +50,11 @@ class EngineRunner:
                 self._runner.activate()  # fails, too, where there is no engine because it could not be read
             except PolygraphyException as error:
                 why = reason(messages.errors) or one_line(str(error))
-                product = f"{installed.title(builder)} {trt.__version__}"
-                raise EngineError(f"{path.name}: {product} cannot load it: {why}; build it again here") from None
+                raise EngineError(
+                    f"{path.name}: {installed.title(builder)} {trt.__version__} cannot load it: {why}; "
+                    + (f"{installed.title(builder)} {built_by} built it; " if built_by else "")
+                    + ("build it again here" + (f" with: moe3d-export {os.fspath(bundle)}" if bundle else ""))
+                ) from None
 
     def run(self, inputs: "Mapping[str, np.ndarray]") -> "dict[str, np.ndarray]":
         """Run one batch: arrays by input name in the engine's types, arrays by output name back (copies)."""
