@@ -175,6 +175,7 @@ class Command:
 
 def _prepare(setup: Callable[[], None] | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup starts ignores this
     if setup:
         setup()
 
