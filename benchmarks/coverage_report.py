@@ -32,7 +32,6 @@ _CONFIG = """[run]
 branch = true
 data_file = {folder}/data
 relative_files = true
-sigterm = true
 source =
     {sources}
 patch =
