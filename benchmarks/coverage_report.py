@@ -2,9 +2,9 @@
 
     python -m moe3d_deploy.benchmarks.coverage_report --out benchmarks/results/coverage.json [pytest's arguments]
 
-Without arguments, all tests but the full-size ones and those that fill a disk. Needs a checkout. Processes that are
-killed leave no record, so what only they run counts as missing. A link counts as what it leads to: each stage once, by
-its top-level folder.
+Without arguments, all tests but the full-size ones and those that take disk or memory away. Needs a checkout. Processes
+that are killed leave no record, so what only they run counts as missing. A link counts as what it leads to: each stage
+once, by its top-level folder.
 """
 
 import json
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("moe3d_deploy", "export", "engines")
 LOWEST = 10  # modules that are named one by one
 
-# What fills a disk keeps coverage from saving its own data too, which such a test sees as a fault.
-_FILLS_A_DISK = "not (full_disk or may_not_fit)"
+# What takes disk or memory away takes it from coverage too, which such a test sees as a fault.
+_NO_STARVING = "not (full_disk or may_not_fit or without_memory)"
 
 # `subprocess` starts the measurement in every Python that a test starts, `_exit` saves it where one leaves early.
 _CONFIG = """[run]
@@ -52,7 +52,7 @@ disable_warnings =
 @click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
 def main(out: Path, pytest_arguments: tuple[str, ...]) -> None:
     """Run the tests under coverage and write what they run of each package. Nothing is written if a test fails."""
-    files, tests = measure(pytest_arguments or ("-m", "not full", "-k", _FILLS_A_DISK))
+    files, tests = measure(pytest_arguments or ("-m", "not full", "-k", _NO_STARVING))
     report = {"format_version": 1, "environment": environment(), "tests": tests, **summary(files)}
     atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode("utf-8"))
 
