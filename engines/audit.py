@@ -22,7 +22,7 @@ _TYPES = {
 }
 
 _LINEAR_OF_A_BLOCK = 4  # qkv, proj, fc1, fc2; attention's own two come with them unless it is one operator
-_ATTENTION_OPSET = 23  # from here on it is
+ATTENTION_OPSET = 23  # the first with attention as an operator
 # Of a dense head up to its full-resolution features: 4 projections, 3 resizings (2 of them transposed), 4 to the common
 # width, 3 fusions of 5 and the coarsest of 3, 1 output.
 _CONVOLUTIONS_OF_A_HEAD = 4 + 3 + 4 + 3 * 5 + 3 + 1
@@ -58,7 +58,7 @@ def expected(manifest: Manifest) -> Expected:
     wide, last = _branches(manifest)
     dense = (1 + _has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD + wide
     trunk, patch, heads = _TYPES[precision]
-    as_operator = manifest.opset >= _ATTENTION_OPSET
+    as_operator = manifest.opset >= ATTENTION_OPSET
     convolutions: Counter[str] = Counter()
     for dtype, count in ((patch, 1), (heads, dense), ("fp32", last)):
         convolutions[dtype] += count

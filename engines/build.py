@@ -16,14 +16,14 @@ from typing import Any
 
 from moe3d_deploy import trt
 from moe3d_deploy.child import Emit, peak_bytes, run_in_child
+from moe3d_deploy.engines.audit import ATTENTION_OPSET
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.machine import cpu_name
 
 REPEAT_SECONDS = 1.0  # the last progress is told again this often, so that a long step shows life
 _THROTTLE_SECONDS = 0.05
-_ATTENTION_OPSET = 23  # the first with attention as an operator ...
-_ATTENTION_TENSORRT = (10, 14)  # ... and the TensorRT that knows it first
+_ATTENTION_TENSORRT = (10, 14)  # the first that knows attention as an operator
 _DTYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16"}
 
 
@@ -103,7 +103,7 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
     Raises InputError for a builder that does not exist, MissingExtraError or EngineError where none can be used or
     where none builds such a file.
     """
-    if opset >= _ATTENTION_OPSET and precision == "fp32":
+    if opset >= ATTENTION_OPSET and precision == "fp32":
         raise InputError(
             f"opset {opset} has attention as one operator, and in float32 TensorRT has no kernel for that: export with "
             "--opset 20 or a 16-bit --precision"
@@ -131,7 +131,7 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
 
 
 def _knows(version: str, opset: int) -> bool:
-    return opset < _ATTENTION_OPSET or tuple(map(int, version.split(".")[:2])) >= _ATTENTION_TENSORRT
+    return opset < ATTENTION_OPSET or tuple(map(int, version.split(".")[:2])) >= _ATTENTION_TENSORRT
 
 
 def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
