@@ -30,7 +30,7 @@ setup: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --constraint constraints.txt torch
-	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,viz,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,train,viz,dev]'
 	@touch $@
 
 lint: setup

@@ -14,6 +14,9 @@ EXTRA_OF = {
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
     "rerun": "viz",
+    "scipy": "train",
+    "skimage": "train",
+    "tensorboard": "train",
 }
 
 

@@ -202,18 +202,19 @@ def test_constraints_pin_every_direct_dependency_of_setup() -> None:
     """make setup installs the core and these extras; whatever of them is not pinned changes under the tests."""
     pinned = {name.lower() for name in re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M)}
     config = (ROOT / "setup.cfg").read_text()
-    sections = re.findall(r"^(install_requires|export|cpu|rtx|viz|dev) =\n((?:    .+\n)+)", config, re.M)
-    assert {name for name, _ in sections} == {"install_requires", "export", "cpu", "rtx", "viz", "dev"}
+    sections = re.findall(r"^(install_requires|export|cpu|rtx|train|viz|dev) =\n((?:    .+\n)+)", config, re.M)
+    assert {name for name, _ in sections} == {"install_requires", "export", "cpu", "rtx", "train", "viz", "dev"}
     wanted = {line.split()[0].lower() for _, lines in sections for line in lines.splitlines()}
     assert wanted <= pinned
 
 
 def test_the_extra_that_an_error_names_brings_the_package() -> None:
-    """Import names: onnx_ir is the package onnx-ir, rerun is rerun-sdk."""
+    """Import names: onnx_ir is the package onnx-ir, rerun is rerun-sdk, skimage is scikit-image."""
+    imported_as = {"rerun-sdk": "rerun", "scikit-image": "skimage"}
     config = (ROOT / "setup.cfg").read_text()
     extras = dict(re.findall(r"^(\w+) =\n((?:    .+\n)+)", config.partition("[options.extras_require]")[2], re.M))
     brought = {
-        (line.split()[0].lower().replace("-", "_").removesuffix("_sdk"), extra)
+        (imported_as.get(line.split()[0], line.split()[0].lower().replace("-", "_")), extra)
         for extra, lines in extras.items()
         for line in lines.splitlines()
     }
