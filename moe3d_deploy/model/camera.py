@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from moe3d_deploy.config import CameraHeadConfig
 from moe3d_deploy.model.transformer import Block, LayerNorm, Linear, Mlp
 
+TRUNK_LAYER_SCALE = 0.01  # at initialisation, for training only
 POSE_DIM = 9  # translation 3, quaternion xyzw 4, vertical and horizontal field of view
 
 
@@ -19,7 +20,7 @@ class CameraHead(nn.Module):
         self.num_iterations = config.num_iterations
         self.empty_pose_tokens = nn.Parameter(torch.zeros(1, 1, POSE_DIM))
         self.trunk = nn.ModuleList(
-            Block(dim, config.num_heads, mlp_ratio=4.0, eps=1e-5, init_values=0.01, qk_norm=False)
+            Block(dim, config.num_heads, mlp_ratio=4.0, eps=1e-5, init_values=TRUNK_LAYER_SCALE, qk_norm=False)
             for _ in range(config.trunk_depth)
         )
         self.token_norm = LayerNorm(dim, eps=1e-5)

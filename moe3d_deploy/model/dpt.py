@@ -139,8 +139,14 @@ class DptHead(nn.Module):
             raise RuntimeError("this head has no experts")
         if self.merged is not None:
             return self.merged(features_NCHW)
+        return mix(*self.branches(features_NCHW), self.moe.temperature)
+
+    def branches(self, features_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """What `mix` mixes: the experts' raw outputs (N, K, 2, H, W) and the gate's logits (N, K, H, W)."""
+        if self.moe is None or self.merged is not None:
+            raise RuntimeError("this head has no separate experts")
         raw = torch.stack([expert(features_NCHW) for expert in self.experts], dim=1)
-        return mix(raw, self.gate(features_NCHW), self.moe.temperature)
+        return raw, self.gate(features_NCHW)
 
     def merge_experts(self) -> None:
         """Change to the deployment form, in place: the branches' own weights are dropped."""

@@ -1,7 +1,7 @@
 """The whole model: images in, depth, confidence and cameras out."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ ALWAYS = ("depth", "depth_conf", "extrinsics", "intrinsics", "pose_enc")
 OF_POINT_HEAD = ("point_map", "point_map_conf")
 OF_EXPERTS = ("expert_weights", "expert_depths", "expert_entropy", "depth_variance")
 ON_REQUEST = ("world_points", *OF_POINT_HEAD, *OF_EXPERTS)
+
+
+class Backbone(NamedTuple):
+    """What the heads read."""
+
+    levels: list[Tensor]  # (N, P, D): the patch tokens of the four aggregator outputs of the dense heads
+    camera_tokens: Tensor  # (B, S, D)
+    grid: Grid
 
 
 class MoE3D(nn.Module):
@@ -48,14 +56,9 @@ class MoE3D(nn.Module):
             raise InputError(f"view_chunk must be at least 1, got {view_chunk}")
         grid = self._grid(images)
         batch, views = images.shape[:2]
-        needed = {*self.config.dpt_head.intermediate_layer_idx, self.config.aggregator.depth - 1}
-        tokens = self.aggregator(self.aggregator.encode(images), *grid, keep=needed)
-
-        result = self._cameras(tokens[self.config.aggregator.depth - 1][:, :, 0], images)
-        levels = [
-            tokens[i][:, :, self.aggregator.patch_start :].flatten(0, 1)
-            for i in self.config.dpt_head.intermediate_layer_idx
-        ]
+        tokens = self._aggregate(images)
+        result = self._cameras(self._camera_tokens(tokens), images)
+        levels = self._levels(tokens)
         del tokens
         chunks = [self._dense(part, grid, outputs) for part in _chunks(levels, view_chunk)]
         for name in list(chunks[0]):
@@ -66,6 +69,14 @@ class MoE3D(nn.Module):
             result["world_points"] = unproject(result["depth"], result["extrinsics"], result["intrinsics"])
         return result
 
+    def backbone(self, images: Tensor) -> Backbone:
+        """What the camera head and the dense heads read of images (B, S, 3, H, W), as `forward` takes them."""
+        if images.dim() == 4:
+            images = images[None]
+        self._check(images, ())
+        tokens = self._aggregate(images)
+        return Backbone(self._levels(tokens), self._camera_tokens(tokens), self._grid(images))
+
     def features(self, images: Tensor) -> dict[str, Any]:
         """`patch_tokens` (B, S, P, C) of the encoder and `aggregated`, every aggregator output (B, S, T, 2C)."""
         if images.dim() == 4:
@@ -75,6 +86,20 @@ class MoE3D(nn.Module):
         depth = self.config.aggregator.depth
         kept = self.aggregator(patch_tokens, *self._grid(images), keep=range(depth))
         return {"patch_tokens": patch_tokens, "aggregated": [kept[i] for i in range(depth)]}
+
+    def _aggregate(self, images: Tensor) -> dict[int, Tensor]:
+        """The aggregator outputs (B, S, T, 2C) that a head reads."""
+        needed = {*self.config.dpt_head.intermediate_layer_idx, self.config.aggregator.depth - 1}
+        return self.aggregator(self.aggregator.encode(images), *self._grid(images), keep=needed)
+
+    def _camera_tokens(self, tokens: dict[int, Tensor]) -> Tensor:
+        return tokens[self.config.aggregator.depth - 1][:, :, 0]
+
+    def _levels(self, tokens: dict[int, Tensor]) -> list[Tensor]:
+        return [
+            tokens[i][:, :, self.aggregator.patch_start :].flatten(0, 1)
+            for i in self.config.dpt_head.intermediate_layer_idx
+        ]
 
     def _cameras(self, camera_tokens_BSD: Tensor, images: Tensor) -> dict[str, Tensor]:
         pose = self.camera_head(camera_tokens_BSD)[-1]
