@@ -1,0 +1,294 @@
+"""The training loop: steps, saves, validations, and the end by whatever comes first. docs/training.md explains it."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from moe3d_deploy.checkpoint import open_checkpoint
+from moe3d_deploy.errors import InputError, Moe3dError
+from moe3d_deploy.training.data import Batch, batches, plan_sample, step_numbers
+from moe3d_deploy.training.distributed import Group, process_group
+from moe3d_deploy.training.logs import RunLog
+from moe3d_deploy.training.options import TrainOptions
+from moe3d_deploy.training.run_folder import RunFolder, open_run
+from moe3d_deploy.training.scene_loss import Losses
+from moe3d_deploy.training.schedules import learning_rate_factor, temperature_at
+from moe3d_deploy.training.stopping import StopRequest
+from moe3d_deploy.training.trainee import Trainee
+from moe3d_deploy.training.validation import held_out_scenes, validate
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Told what happens: {"label", "text"} for a line that stays, {"step", "total", "detail"} for a bar."""
+
+
+class TrainingError(Moe3dError):
+    """A training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run is now: `step` of `total`; the signal that ended it early, if one did."""
+
+    step: int
+    total: int
+    stopped_by: Signals | None
+    resume_command: str
+
+
+def train(options: TrainOptions, path: Path, on_event: OnEvent = lambda event: None) -> Result:
+    """Train, or go on with the run in `path`, until its last step, a signal or the end of `options.minutes`.
+
+    Raises InputError and CheckpointError for what cannot be trained or resumed, TrainingError for a loss that is not
+    finite: the last saved state stays. OSError for a disk that is full.
+    """
+    source = open_checkpoint(options.source)
+    _check(options, source.config.patch_size)
+    with ExitStack() as stack:
+        group = stack.enter_context(process_group(options.device, options.batch // options.accumulate))
+        if options.amp.startswith("fp16") and group.device.type == "cpu":
+            raise InputError("--amp fp16 needs a CUDA device, as the CPU would underflow; use bf16 or off")
+        # The first process alone writes; the others wait until it has found the folder to be in order.
+        folder = stack.enter_context(open_run(path, options)) if group.is_first else RunFolder(path)
+        group.barrier()
+        run = _Run(options, Trainee(options, source, group.device, folder), folder, group, on_event)
+        stack.callback(run.close)
+        return run.until_the_end()
+
+
+class _Run:
+    def __init__(
+        self, options: TrainOptions, trainee: Trainee, folder: RunFolder, group: Group, on_event: OnEvent
+    ) -> None:
+        self.options, self.trainee, self.folder, self.group, self.on_event = options, trainee, folder, group, on_event
+        self.told: set[str] = set()
+        self.saved: int | None = None
+        torch.manual_seed(options.seed)
+        self.step = trainee.restore()
+        if self.step:
+            self.saved = self.step
+            self._line("resumed", f"{folder.path} at step {self.step} of {options.steps}")
+        pin = group.device.type == "cuda"
+        # Its processes start here, before there is any other thread.
+        self.batches = batches(options, self.step, rank=group.rank, processes=group.processes, pin_memory=pin)
+        self.module: Any = trainee.loss
+        if group.processes > 1:
+            self.module = DistributedDataParallel(trainee.loss, device_ids=[group.device.index] if pin else None)
+        self.log = RunLog(folder.path, self.step) if group.is_first else None
+        self.meter = _Meter()
+
+    def until_the_end(self) -> Result:
+        o = self.options
+        self._line("training", self.trainee.describe())
+        if self.log and not self.log.has_tensorboard:
+            self._line("log", "train.jsonl alone; TensorBoard: pip install 'moe3d-deploy[train]'")
+        scenes = self._held_out_scenes() if self.step < o.steps else []
+        started, first = time.monotonic(), self.step
+        with StopRequest(o.minutes) as stop:
+            while self.step < o.steps:
+                losses, norm, stopping = self._one_step(stop)
+                self.step += 1
+                rate = (time.monotonic() - started) / (self.step - first)
+                detail = f"loss {float(losses.total):.4f}  {rate:.2f} s/step  {_eta(rate * (o.steps - self.step))}"
+                self.on_event({"step": self.step, "total": o.steps, "detail": detail})
+                last = self.step == o.steps
+                if self.step % o.log_every == 0 or last:
+                    self._log_step(losses, norm)
+                if scenes and (last or (o.validate_every and self.step % o.validate_every == 0)):
+                    self._validate(scenes)
+                if self.step % o.save_every == 0 or last or stopping:
+                    self._save()
+                if stopping:
+                    break
+        if self.step == o.steps:
+            if self.group.is_first:
+                self.trainee.finish()
+            if self.saved is not None and first == o.steps:
+                self._save_checkpoint()  # a kill may have hit between the last state and its checkpoint
+        return Result(self.step, o.steps, stop.number, self.folder.resume_command)
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
+
+    def _one_step(self, stop: StopRequest) -> tuple[Losses, float, bool]:
+        o, trainee = self.options, self.trainee
+        factor = learning_rate_factor(self.step, o.warmup_steps, o.steps, o.final_rate)
+        temperature = temperature_at(self.step, o.steps, *o.temperature)
+        parts = []
+        for index in range(o.accumulate):
+            batch = self._next_batch()
+            with self._without_sync(index < o.accumulate - 1):
+                losses = self.module(batch, temperature)
+                trainee.backward(losses.total / o.accumulate)
+            parts.append(_detached(losses))
+        losses = _mean(parts)
+        norm = trainee.clip()
+        losses, stopping = self._over_processes(losses, stop.asked)
+        self._require_finite(losses, norm, torch.cat([p.per_scene for p in parts]))
+        trainee.update(o.learning_rate * factor)
+        trainee.temperature = temperature
+        self.meter.steps += 1
+        return losses, norm, stopping
+
+    def _next_batch(self) -> Batch:
+        before = time.monotonic()
+        batch = next(self.batches)
+        self.meter.waited += time.monotonic() - before
+        for note in batch.notes:
+            self._note(note)
+        return batch.to(self.group.device)
+
+    def _without_sync(self, hold: bool) -> AbstractContextManager[Any]:
+        return self.module.no_sync() if hold and self.group.processes > 1 else nullcontext()
+
+    def _over_processes(self, losses: Losses, stop: bool) -> tuple[Losses, bool]:
+        """The means over all processes, and whether any of them was asked to stop."""
+        if self.group.processes == 1:
+            return losses, stop
+        values = [torch.tensor(float(stop)), losses.total, *losses.parts.values()]
+        packed = torch.stack([value.float().to(self.group.device) for value in values])
+        if losses.usage is not None:
+            packed = torch.cat([packed, losses.usage.float()])
+        packed = self.group.mean(packed)
+        count = 2 + len(losses.parts)
+        parts = dict(zip(losses.parts, packed[2:count], strict=True))
+        usage = None if losses.usage is None else packed[count:]
+        return losses._replace(total=packed[1], parts=parts, usage=usage), bool(packed[0] > 0)
+
+    def _require_finite(self, losses: Losses, norm: float, per_scene: Tensor) -> None:
+        """fp16 may overflow in a gradient: then its scaler leaves the step out and halves the scale."""
+        loss = float(losses.total)
+        if math.isfinite(loss) and (math.isfinite(norm) or self.trainee.scales):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm}"
+        o, group = self.options, self.group
+        numbers = list(step_numbers(o, self.step, group.rank, group.processes))
+        bad = [n for n, value in zip(numbers, per_scene.tolist(), strict=True) if not math.isfinite(value)]
+        plans = [plan_sample(o, number) for number in bad or step_numbers(o, self.step)]
+        listed = ", ".join(f"{plan.number} (scene {plan.seed})" for plan in plans)
+        left = f"step {self.saved} is saved" if self.saved is not None else "nothing is saved yet"
+        raise TrainingError(
+            f"step {self.step + 1}: {what}; sample{'s' * (len(plans) > 1)} {listed}. {left.capitalize()}; start a new "
+            "phase with a smaller --learning-rate"
+        )
+
+    def _log_step(self, losses: Losses, norm: float) -> None:
+        o = self.options
+        seconds, waited, steps = self.meter.lap()
+        values: dict[str, Any] = {
+            **{name: float(value) for name, value in losses.parts.items()},
+            "loss": float(losses.total),
+            "learning_rate": self.trainee.learning_rate,
+            "gradient_norm": norm,
+            "temperature": self.trainee.temperature,
+            "samples_per_second": steps * o.batch / seconds,
+            "data_wait_share": waited / seconds,
+            "samples": self.step * o.batch,
+        }
+        if losses.usage is not None:
+            values["expert_usage"] = losses.usage.tolist()
+        self._write("step", values)
+
+    def _held_out_scenes(self) -> list[Any]:
+        if not self.options.validate_every or not self.group.is_first:
+            return []
+        scenes, notes = held_out_scenes(self.options)
+        for note in notes:
+            self._note(note)
+        return scenes
+
+    def _validate(self, scenes: list[Any]) -> None:
+        with self.meter.paused(), self.trainee.averaged() as model:
+            errors = validate(model, scenes, self.group.device)
+        self._write("validation", errors)
+        text = f"AbsRel {errors['abs_rel']:.4f}, delta {errors['delta1']:.4f} on {len(scenes)} held-out scenes"
+        self._line("validation", f"step {self.step}: {text}")
+
+    def _save(self) -> None:
+        if self.group.is_first:
+            with self.meter.paused():
+                self.trainee.save_state(self.step)
+                self._save_checkpoint()
+        self.saved = self.step
+
+    def _save_checkpoint(self) -> None:
+        if self.group.is_first:
+            self.trainee.save_checkpoint(self.step)
+
+    def _note(self, text: str) -> None:
+        """Once per run and process, however often it happens."""
+        if text not in self.told:
+            self.told.add(text)
+            self._line("note", text)
+            self._write("note", {"text": text})
+
+    def _line(self, label: str, text: str) -> None:
+        if self.group.is_first:
+            self.on_event({"label": label, "text": text})
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        if self.log:
+            self.log.write(kind, self.step, values)
+
+
+class _Meter:
+    """Time since the last lap, and how much of it was spent waiting for samples."""
+
+    def __init__(self) -> None:
+        self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
+
+    def lap(self) -> tuple[float, float, int]:
+        """Seconds, seconds waited, steps; starts anew."""
+        result = max(time.monotonic() - self.started, 1e-9), self.waited, self.steps
+        self.__init__()  # type: ignore[misc]
+        return result
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, meter: _Meter) -> None:
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.entered = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.meter.started += time.monotonic() - self.entered
+
+
+def _check(options: TrainOptions, patch: int) -> None:
+    for height, width in options.shapes:
+        if height % patch or width % patch:
+            raise InputError(f"shape {height}x{width} is not a multiple of {patch} on both sides; change --shapes")
+
+
+def _detached(losses: Losses) -> Losses:
+    return losses._replace(total=losses.total.detach())
+
+
+def _mean(parts: list[Losses]) -> Losses:
+    if len(parts) == 1:
+        return parts[0]
+    total = torch.stack([p.total for p in parts]).mean()
+    means = {name: torch.stack([p.parts[name] for p in parts]).mean() for name in parts[0].parts}
+    usages = [p.usage for p in parts if p.usage is not None]
+    return Losses(
+        total, torch.cat([p.per_scene for p in parts]), means, torch.stack(usages).mean(0) if usages else None
+    )
+
+
+def _eta(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
