@@ -75,6 +75,16 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     assert losses(tmp_path / "run") == losses(tmp_path / "whole"), "no step twice, none missing"
 
 
+def test_muon_resumes_to_the_bit_too(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = short(checkpoint, optimizer="muon")
+    run(options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        run(options, tmp_path / "run")
+    run(options, tmp_path / "run")
+    assert_same(state_of(tmp_path / "run").tensors, state_of(tmp_path / "whole").tensors)
+
+
 def test_torchs_random_numbers_go_on_too(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing draws from the global stream now; a dropout would."""
     forward, drawn = scene_loss.SceneLoss.forward, []

@@ -10,7 +10,15 @@ import click
 
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import InputError, require
-from moe3d_deploy.training.options import AMP, DEPTH_LOSSES, FEATURE_CACHES, MOST_VIEWS, TRAINED_PARTS, TrainOptions
+from moe3d_deploy.training.options import (
+    AMP,
+    DEPTH_LOSSES,
+    FEATURE_CACHES,
+    MOST_VIEWS,
+    OPTIMIZERS,
+    TRAINED_PARTS,
+    TrainOptions,
+)
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
 
@@ -46,10 +54,13 @@ def _switch(name: str, help: str) -> Any:
 @_option("steps", "Steps of the run, for which the learning rate is planned.")
 @_option("batch", "Scenes of a step, over all micro-batches and processes.")
 @_option("accumulate", "Micro-batches that a step is cut into, for less memory.")
+@_option(
+    "optimizer", "muon: for the matrices of the transformer blocks, AdamW for the rest.", type=click.Choice(OPTIMIZERS)
+)
 @_option("learning_rate", "The largest, after the warm-up; then it falls as a cosine.")
 @_option("warmup", "Steps in which the learning rate rises.", type=int, shown="a twentieth")
 @_option("final_rate", "Learning rate of the last step, as a share of the largest.")
-@_option("weight_decay", "AdamW's, for matrices and kernels.")
+@_option("weight_decay", "For matrices and kernels.")
 @_option("clip", "Largest norm of the gradient.")
 @_option("ema", "Decay of the averaged weights, which the checkpoint holds.")
 @_option(

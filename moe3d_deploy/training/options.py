@@ -17,6 +17,7 @@ from moe3d_deploy.errors import CheckpointError, InputError
 
 TRAINED_PARTS = ("head", "all")
 AMP = ("off", "bf16", "bf16-heads", "fp16", "fp16-heads")
+OPTIMIZERS = ("adamw", "muon")
 DEPTH_LOSSES = ("l2", "log", "nll", "vggt")
 FEATURE_CACHES = ("auto", "memory", "disk", "off")
 MOST_VIEWS = 8  # of a rendered scene
@@ -40,6 +41,7 @@ class TrainOptions:
     steps: int = 1000
     batch: int = 4  # scenes of a step
     accumulate: int = 1  # micro-batches of a step
+    optimizer: str = "adamw"  # "muon": for the matrices of the transformer blocks, AdamW for the rest
     learning_rate: float = 5e-4  # the largest, after the warm-up
     warmup: int | None = None  # steps; None: a twentieth of all
     final_rate: float = 0.01  # of the last step, as a share of the largest
@@ -158,7 +160,10 @@ _NOT_NEGATIVE = (
     "seed", "final_rate", "weight_decay", "depth_weight", "camera_weight", "entropy_weight", "gradient_weight",
     "scene_cache_gb", "workers", "validate_every",
 )  # fmt: skip
-_CHOICES = {"train": TRAINED_PARTS, "amp": AMP, "depth_loss": DEPTH_LOSSES, "feature_cache": FEATURE_CACHES}
+_CHOICES = {
+    "train": TRAINED_PARTS, "optimizer": OPTIMIZERS, "amp": AMP, "depth_loss": DEPTH_LOSSES,
+    "feature_cache": FEATURE_CACHES,
+}  # fmt: skip
 
 
 def _check(o: TrainOptions) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from moe3d_deploy.training.ema import Ema
 from moe3d_deploy.training.feature_cache import FeatureCache
 from moe3d_deploy.training.forward import trainable_parameters
 from moe3d_deploy.training.initialise import new_model
+from moe3d_deploy.training.optimizers import Optimizers
 from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.run_folder import RunFolder
 from moe3d_deploy.training.scene_loss import SceneLoss
@@ -37,9 +37,7 @@ class Trainee:
         if options.train == "head":
             self.features = FeatureCache.choose(options, source.config, self.digest, folder.path / "features")
         self.loss = SceneLoss(self.model, options, self.features.levels if self.features else None)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.trained, options.weight_decay), lr=options.learning_rate, fused=True
-        )
+        self.optimizers = Optimizers(self.trained, options)
         self.ema = Ema(self.model, options.ema)
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp.startswith("fp16"))
         self.temperature = options.temperature[0]
@@ -50,7 +48,7 @@ class Trainee:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self.optimizers.learning_rate
 
     def describe(self) -> str:
         count = sum(p.numel() for p in self.trained.values())
@@ -63,15 +61,16 @@ class Trainee:
 
     def clip(self) -> float:
         """Limit the gradient's norm, and return what it was."""
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers.parts:
+            self.scaler.unscale_(optimizer)
         return float(nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip))
 
     def update(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
+        self.optimizers.learning_rate = learning_rate
+        for optimizer in self.optimizers.parts:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         self.ema.update(self.model)
 
     @contextmanager
@@ -84,9 +83,7 @@ class Trainee:
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trained.items()}
         average = self.ema.state_dict()
         tensors |= {f"ema.{name}": tensor for name, tensor in average["average"].items()}
-        for name, parameter in self.trained.items():
-            for key, tensor in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = tensor
+        tensors |= {f"optimizer.{key}.{name}": tensor for key, name, tensor in self.optimizers.state()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -122,10 +119,7 @@ class Trainee:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(own[name])
-                self.optimizer.state[parameter] = {
-                    key: _like(state.tensors[f"optimizer.{key}.{name}"], parameter)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+            self.optimizers.restore(part(state.tensors, "optimizer."))
         average = {"updates": state.values["ema_updates"], "average": part(state.tensors, "ema.")}
         self.ema.load_state_dict(average)
         self.scaler.load_state_dict(state.values["scaler"])
@@ -171,15 +165,6 @@ class TrainedSource(WeightSource):
         raise NotImplementedError("the weights of a run have no digest before they are stored")
 
 
-def parameter_groups(trained: Mapping[str, nn.Parameter], decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels alone; none for biases, norms, LayerScale and tokens."""
-    decayed = {name for name, p in trained.items() if p.ndim >= 2 and "token" not in name and "pos_embed" not in name}
-    return [
-        {"params": [p for name, p in trained.items() if name in decayed], "weight_decay": decay},
-        {"params": [p for name, p in trained.items() if name not in decayed], "weight_decay": 0.0},
-    ]
-
-
 def at_temperature(config: ModelConfig, temperature: float) -> ModelConfig:
     """The config with the gate's temperature that the run has reached."""
     if config.moe is None:
@@ -197,10 +182,3 @@ def _temperature(model: MoE3D, temperature: float) -> Iterator[None]:
         yield
     finally:
         head.moe = before
-
-
-def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device; a tensor of its shape also with its strides, as the optimizer made it."""
-    if tensor.shape != parameter.shape:
-        return tensor  # the count of steps: a scalar on the CPU unless fused
-    return torch.empty_like(parameter).copy_(tensor)
