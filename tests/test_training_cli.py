@@ -75,7 +75,7 @@ def test_a_run_ends_with_what_comes_next(checkpoint: Path, tmp_path: Path, capsy
     (["moe3d-tiny", "--views=a:b"], "--views 'a:b': expected one number or two, such as 1:4"),
     (["moe3d-tiny", "--temperature=1:2:3"], "--temperature '1:2:3': expected one number or two, such as 2:1"),
     (["moe3d-tiny", "--shapes=126"], "--shapes '126': expected HEIGHTxWIDTH, such as 126x168"),
-    (["moe3d-tiny", "--shapes=126x169"], "shape 126x169 is not a multiple of 14 on both sides; change --shapes"),
+    (["moe3d-tiny", "--shapes=126x169"], "shape 126x169 is not a multiple of 7 on both sides; change --shapes"),
     (["moe3d-tiny", "--batch=0"], "training options: batch must be positive, got 0"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_code_2(

@@ -66,6 +66,7 @@ def _switch(name: str, help: str) -> Any:
 @_option(
     "amp", "16-bit arithmetic: in the backbone, or in the depth head too. fp16 on CUDA only.", type=click.Choice(AMP)
 )
+@_switch("compile", "Compile the transformer blocks: a minute at the start, less time per step.")
 @_option("depth_loss", "Depth loss; log for training from scratch.", type=click.Choice(DEPTH_LOSSES))
 @_option("depth_weight", "Weight of the depth loss.")
 @_option("camera_weight", "Weight of the camera loss, of --train all.")

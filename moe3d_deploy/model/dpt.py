@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe3d_deploy.config import DptHeadConfig, MoeConfig
 from moe3d_deploy.model.embeddings import uv_embedding
 from moe3d_deploy.model.experts import Conv2d, MergedExperts, Mixture, branch, mix
-from moe3d_deploy.model.transformer import LayerNorm
+from moe3d_deploy.model.transformer import LayerNorm, in_type_of
 
 OUTPUT_HIDDEN = 32  # channels between the last two convolutions of VGGT's heads
 
@@ -26,7 +26,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     """Kernel equal to stride, in the dtype of its weights."""
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return super().forward(x.to(self.weight.dtype), output_size)
+        return super().forward(in_type_of(self.weight, x), output_size)
 
 
 class ResidualUnit(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moe3d_deploy.config import MoeConfig
+from moe3d_deploy.model.transformer import in_type_of
 
 
 class Mixture(NamedTuple):
@@ -25,7 +26,7 @@ class Conv2d(nn.Conv2d):
     """A convolution in the dtype of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(in_type_of(self.weight, x))
 
 
 def branch(channels: int, hidden: int, out: int) -> nn.Sequential:

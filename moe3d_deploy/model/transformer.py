@@ -27,9 +27,14 @@ class RotaryTable(NamedTuple):
         return RotaryTable(*(t.expand(views, length, dim).reshape(views * length, dim) for t in self))
 
 
+def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
+    """x in the dtype of `weight`; as it is under autocast, which would cast it a second time."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(in_type_of(self.weight, x), self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):

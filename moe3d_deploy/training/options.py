@@ -48,6 +48,7 @@ class TrainOptions:
     weight_decay: float = 0.05  # of matrices; norms, biases and tokens have none
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999  # decay of the average of the weights
+    compile: bool = False  # the transformer blocks, by torch
     amp: str = "off"  # 16 bits in the backbone; "...-heads": in the depth head too
 
     depth_loss: str = "l2"

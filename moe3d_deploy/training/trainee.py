@@ -12,6 +12,7 @@ from moe3d_deploy.checkpoint import WeightSource, load_model, save_checkpoint
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import CheckpointError
 from moe3d_deploy.model import MoE3D
+from moe3d_deploy.training.compiled import compile_blocks
 from moe3d_deploy.training.ema import Ema
 from moe3d_deploy.training.feature_cache import FeatureCache
 from moe3d_deploy.training.forward import trainable_parameters
@@ -33,6 +34,8 @@ class Trainee:
         self.model = new_model(source.config, options.seed) if options.from_scratch else load_model(source)
         self.model.to(device)
         self.trained = trainable_parameters(self.model, "head" if options.train == "head" else "all")
+        if options.compile:
+            compile_blocks(self.model, device)
         self.features: FeatureCache | None = None
         if options.train == "head":
             self.features = FeatureCache.choose(options, source.config, self.digest, folder.path / "features")
