@@ -15,7 +15,7 @@ from moe3d_deploy.bundle import Bundle, BundleWriter
 from moe3d_deploy.child import ChildResult, Emit, run_in_child
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import ExportError, InputError, require
-from moe3d_deploy.export import verify
+from moe3d_deploy.export import quality, verify
 from moe3d_deploy.export.compare import Limits
 from moe3d_deploy.export.contract import (
     INPUTS,
@@ -29,13 +29,15 @@ from moe3d_deploy.export.contract import (
     output_shapes,
 )
 from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.export.quality import QualityPlan
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
 from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, ShapeRanges, Tensor, Verification
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute (or twin), round, bundle.
+"""Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute (or twin), round, bundle;
+with a check of quality, before the bundle: scenes, and those of `quality.STAGES`.
 
 The last event of a stage has its "cost" as well: seconds and peak_bytes.
 """
@@ -51,6 +53,7 @@ class ExportOptions:
     input    type of the images: float32, or uint8 with the channels last
     static   the axes that the file fixes
     shapes   what is verified, as far as `static` lets it
+    quality  on how many rendered scenes the file's quality is compared with PyTorch's; None: it is not
     """
 
     policy: PrecisionPolicy = PrecisionPolicy("fp16")
@@ -61,6 +64,7 @@ class ExportOptions:
     opset: int = OPSET
     input: str = "float32"
     static: StaticShape = StaticShape()
+    quality: int | None = None
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.outputs if name not in OUTPUTS]:
@@ -69,6 +73,10 @@ class ExportOptions:
             raise InputError(f"opset {self.opset} cannot be exported; choose from {', '.join(map(str, OPSETS))}")
         if self.input not in INPUTS:
             raise InputError(f"input {self.input!r} cannot be exported; choose from {', '.join(INPUTS)}")
+        if self.quality is not None and not self.verify:
+            raise InputError("a check of quality is a part of the verification: it cannot be had without that")
+        if self.quality is not None and self.quality < 1:
+            raise InputError(f"quality cannot be checked on {self.quality} scenes; pass 1 or more, such as 16")
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def export_bundle(
     Whatever fails, nothing is left at `path`. Raises CheckpointError and InputError before work begins, ExportError
     when the model cannot be exported or the file does not compute what PyTorch does.
     """
-    require_packages(options.verify)
+    require_packages(options.verify, options.quality is not None)
     tell = on_event or (lambda event: None)
     stages: dict[str, dict[str, float]] = {}
 
@@ -122,15 +130,21 @@ def export_bundle(
         if options.verify:
             with tempfile.TemporaryDirectory(prefix=".verify-", dir=writer.folder) as folder:
                 verification = _verify(request, options, config, Path(folder), writer.folder / MODEL_FILE, run)
+        if options.quality is not None:
+            with tempfile.TemporaryDirectory(prefix=".verify-", dir=writer.folder) as folder:
+                plan = QualityPlan.of(config, options.static, options.quality)
+                report = _quality(request, options, plan, facts, Path(folder), writer.folder / MODEL_FILE, run)
+            verification = replace(verification, quality=report)
         tell({"stage": "bundle", "step": 0, "total": 1, "detail": ""})
         bundle = writer.commit(_manifest(facts, config, options, verification))
         tell({"stage": "bundle", "step": 1, "total": 1, "detail": ""})
     return ExportReport(bundle, stages)
 
 
-def require_packages(verify: bool) -> None:
+def require_packages(verify: bool, quality: bool = False) -> None:
     """Raise MissingExtraError for a package that the export needs and that is not installed."""
-    for package in ("torch", "onnx", "onnxscript", "safetensors", *(("onnxruntime",) if verify else ())):
+    more = (*(("onnxruntime",) if verify else ()), *(("scipy",) if quality else ()))
+    for package in ("torch", "onnx", "onnxscript", "safetensors", *more):
         require(package)
 
 
@@ -166,6 +180,30 @@ def _verify(
         headroom = verify.headroom_report(results["round"].value["shares"], precision)
     cases = verify.check(folder, shapes, names, kinds, precision)
     return Verification("passed", verify.limits_report(precision, kinds), tuple(cases), headroom)
+
+
+def _quality(
+    request: dict[str, Any],
+    options: ExportOptions,
+    plan: QualityPlan,
+    facts: dict[str, Any],
+    folder: Path,
+    model: Path,
+    run: Callable[[str, str, dict[str, Any], int], ChildResult],
+) -> dict[str, Any]:
+    """The manifest's report on the file's quality. Raises ExportError beyond a limit."""
+    request = {
+        **request,
+        "folder": str(folder),
+        "model": str(model),
+        "outputs": list(quality.EXPERTS) if facts["config"]["moe"] else [],
+        "plan": asdict(plan),
+    }
+    precision, checkpoint = options.policy.precision, facts["checkpoint"]
+    before = quality.judge_reference(plan, request, run)
+    comparisons = quality.judge_deployed(quality.kinds_of(options.policy), plan, request, before, run)
+    quality.require_quality(comparisons, precision, origin=checkpoint["origin"], licence=checkpoint["licence"])
+    return quality.quality_report(plan, comparisons, precision)
 
 
 EXPORT_PHASES = ("load", "trace", "translate", "write", "check")

@@ -30,7 +30,7 @@ SHAPES_IN_PATCHES: tuple[Shape, ...] = (
     (1, 2, 11, 37),
 )
 
-_MORE_EXACT = {
+MORE_EXACT = {
     "fp16": "fp16-fp32heads or fp32",
     "fp16-fp32heads": "fp32",
     "bf16-fp16heads": "bf16 or fp16",
@@ -43,7 +43,7 @@ _MORE_RANGE = {
     "bf16": "fp32",
 }
 
-_LABELS = {
+LABELS = {
     "executed": "ONNX Runtime",
     "twin": "ONNX Runtime on the float32 twin of the file",
     "rounded": "16-bit PyTorch",
@@ -85,15 +85,22 @@ def reference(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def rounded(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the 16-bit model with real rounding and overflow; returns the share of the range per tensor."""
     from moe3d_deploy.export.half import SixteenBitRun
+
+    model = deployed_model(request)
+    with SixteenBitRun(model) as run:
+        _run(request, emit, model, "rounded")
+    return {"shares": run.shares}
+
+
+def deployed_model(request: dict[str, Any]) -> Any:
+    """The model in the types of the file and in its form: explicit attention, experts merged where they are there."""
     from moe3d_deploy.model.transformer import explicit_attention, set_attention
 
     model = _load(request, PrecisionPolicy(**request["policy"]))
     set_attention(model, explicit_attention)
     if request["merge"] and model.config.moe is not None:
         model.depth_head.merge_experts()
-    with SixteenBitRun(model) as run:
-        _run(request, emit, model, "rounded")
-    return {"shares": run.shares}
+    return model
 
 
 def executed(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def check(
     """Compare what the stages saved; one case per shape for the manifest. Raises ExportError outside the limits."""
     remedy = "A wrong graph or a numeric fault: please report it with the model"
     more_exact = (
-        f"If --precision {_MORE_EXACT[precision]} passes, the model needs it; else the graph is wrong: report it"
+        f"If --precision {MORE_EXACT[precision]} passes, the model needs it; else the graph is wrong: report it"
         if precision != "fp32"
         else remedy
     )
@@ -127,7 +134,7 @@ def check(
             expected = _read(folder, _OF_TWIN if kind == "twin" else "reference", index, names)
             found[kind] = errors(_read(folder, kind, index, names), expected)
             batch, views, rows, columns = shape
-            label = f"{_LABELS[kind]} at B={batch} S={views}, {rows}x{columns} patches"
+            label = f"{LABELS[kind]} at B={batch} S={views}, {rows}x{columns} patches"
             if kind == "twin":  # nothing in it is rounded to 16 bits
                 require_within(label, found[kind], Limits.of("fp32"), remedy)
             else:

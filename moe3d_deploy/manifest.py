@@ -26,6 +26,7 @@ _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_MAY_BE_ABSENT = {"may_be_absent": True}  # of a field: its key is left out where it has nothing to say
 
 
 def check_name(name: str, what: str) -> None:
@@ -173,12 +174,16 @@ class EngineRecord:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared with PyTorch; docs/bundle.md gives the usual form of the three inner fields."""
+    """What was compared with PyTorch; docs/bundle.md gives the usual form of the inner fields.
+
+    `quality` is empty, and its key absent from the JSON form, where depth was not compared with the truth of scenes.
+    """
 
     status: str
     limits: dict[str, Any] = field(default_factory=dict)
     cases: tuple[dict[str, Any], ...] = ()
     headroom: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict, metadata=_MAY_BE_ABSENT)
 
     def __post_init__(self) -> None:
         _require(self.status in ("passed", "skipped"), "status", "must be passed or skipped")
@@ -242,6 +247,8 @@ class Manifest:
             values = dataclasses.asdict(self)
         except RecursionError:
             raise BundleError(f"{MANIFEST_NAME} is nested more than {MAX_DEPTH} deep") from None
+        if not self.verification.quality:
+            del values["verification"]["quality"]
         try:
             strict_json.check_values(values)
         except strict_json.JsonError as error:
@@ -276,16 +283,17 @@ def _require(condition: bool, key: str, rule: str) -> None:
 
 
 def _read(cls: type[_T], values: Any, where: str) -> _T:
-    """Build dataclass `cls` from a JSON object that has exactly its fields."""
+    """Build dataclass `cls` from a JSON object that has exactly its fields, but for those that may be absent."""
     if not isinstance(values, dict):
         raise BundleError(f"{where or 'the top level'} must be an object, not {show(values)}")
     hints = typing.get_type_hints(cls)
     prefix = where + "." if where else ""
     for key in values:
         _require(key in hints, f"{prefix}{show(key)}", "is unknown")
+    optional = {f.name for f in dataclasses.fields(cls) if f.metadata == _MAY_BE_ABSENT}  # type: ignore[arg-type]
     for key in hints:
-        _require(key in values, prefix + key, "is missing")
-    arguments = {key: _convert(hint, values[key], prefix + key) for key, hint in hints.items()}
+        _require(key in values or key in optional, prefix + key, "is missing")
+    arguments = {key: _convert(hint, values[key], prefix + key) for key, hint in hints.items() if key in values}
     try:
         return cls(**arguments)
     except BundleError as error:

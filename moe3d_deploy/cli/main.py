@@ -52,6 +52,14 @@ COMMANDS: dict[str, Entry] = {
         "moe3d_deploy.cli.convert:convert_command",
         "Convert a checkpoint to a folder of config.json and model.safetensors",
     ),
+    "eval": Entry(
+        "moe3d_deploy.cli.evaluate:evaluate_command",
+        "Measure the quality of SOURCE, a bundle, checkpoint or preset, on scenes with truth",
+    ),
+    "train": Entry(
+        "moe3d_deploy.cli.train:train_command",
+        "Train the expert head of a checkpoint, or a whole model",
+    ),
     "plan": Entry(
         "moe3d_deploy.cli.plan:plan_command",
         "Say what SOURCE, a preset, checkpoint folder or bundle, will cost",

@@ -1,0 +1,172 @@
+"""How good a model is on held-out scenes, and what deployment leaves of that.
+
+    python -m moe3d_deploy.benchmarks.quality moe3d-tiny --out benchmarks/results/quality_tiny.json
+
+Judges SOURCE in PyTorch on both held-out splits, then exports it in every precision and judges what comes of each on
+the first split again: the file in ONNX Runtime (a bf16 file's float32 twin), and the 16-bit model in PyTorch with real
+rounding. The form of the result is in docs/evaluation.md.
+"""
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe3d_deploy.benchmarks.environment import environment, without_paths
+from moe3d_deploy.child import ChildResult, run_in_child
+from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.progress import Progress
+from moe3d_deploy.errors import ExportError, InputError, Moe3dError, require
+from moe3d_deploy.evaluation import evaluate, native_size, rendered_scenes
+from moe3d_deploy.evaluation.compare import Comparison
+from moe3d_deploy.export import quality
+from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
+from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
+from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.export.verify import LABELS
+from moe3d_deploy.files import atomic_write
+from moe3d_deploy.runtime.session import Session
+
+FORMAT_VERSION = 1
+SPLITS = ("test-seeds", "test-kinds")
+
+
+@click.command()
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Scenes of each split.")
+@click.option("--views", type=click.IntRange(1, 8), default=4, show_default=True)
+@click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
+@click.option("--no-points", is_flag=True, help="Without the measures of point clouds, which take most of the time.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seeded random weights of a preset.")
+@click.option("--workdir", type=click.Path(path_type=Path), help="Where the exports go for a while.")
+def main(
+    source: str,
+    out: Path,
+    count: int,
+    views: int,
+    precisions: tuple[str, ...],
+    no_points: bool,
+    seed: int | None,
+    workdir: Path | None,
+) -> None:
+    """Judge SOURCE, a checkpoint or preset, and its exports."""
+    require("scipy")
+    if unknown := [name for name in precisions if name not in PRECISIONS]:
+        raise InputError(f"--precision {unknown[0]}: no such precision; choose from {', '.join(PRECISIONS)}")
+    spec = SourceSpec(source, seed)
+    opened = spec.open()
+    height, width = native_size(opened.config.img_size, opened.config.patch_size)
+    plan = quality.QualityPlan(count, views, height, width, split=SPLITS[0])
+    outputs = quality.EXPERTS if opened.config.moe else ()
+    progress = Progress()
+    report: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "environment": environment(),
+        "model": {
+            "name": opened.name,
+            "origin": opened.origin,
+            "sha256": opened.sha256(),
+            "licence": opened.licence,
+            "parameters": sum(math.prod(shape) for shape in opened.shapes().values()),
+        },
+        "scenes": {"count": count, "first_seed": 0, "views": views, "height": height, "width": width},
+        "quality": _quality(spec, outputs, plan, not no_points, progress),
+    }
+    with tempfile.TemporaryDirectory(prefix="moe3d-quality-", dir=workdir) as folder:
+        report["deployment"] = _deployment(spec, outputs, plan, precisions, Path(folder), progress)
+    atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode("utf-8"))
+    if failed := [row for row in report["deployment"] if "failed" in row]:
+        raise Moe3dError(f"{failed[0]['precision']}: {failed[0]['failed']}")
+
+
+def _quality(
+    spec: SourceSpec, outputs: Sequence[str], plan: quality.QualityPlan, points: bool, progress: Progress
+) -> list[dict[str, Any]]:
+    """A row per split: every measure's mean, median, number of scenes and worst scene, in PyTorch float32."""
+    session = Session.open(spec.source, backend="pytorch", seed=spec.seed, outputs=outputs)
+    rows = []
+    for split in SPLITS:
+        shape = {"views": plan.views, "height": plan.height, "width": plan.width}
+        summary = evaluate(
+            session.run,
+            rendered_scenes(range(plan.scenes), split=split, **shape),
+            points=points,
+            on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, plan.scenes),
+        ).summary()
+        progress.line(split, f"AbsRel {summary['abs_rel'].mean:.4f} over {plan.scenes} scenes")
+        rows.append({"split": split, "metrics": {key: value._asdict() for key, value in summary.items()}})
+    return rows
+
+
+def _deployment(
+    spec: SourceSpec,
+    outputs: Sequence[str],
+    plan: quality.QualityPlan,
+    precisions: Sequence[str],
+    folder: Path,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """A row per precision and way to run it: what changes from PyTorch float32 on the same scenes."""
+
+    def run(stage: str, function: str, request: dict[str, Any], total: int) -> ChildResult:
+        return run_in_child(
+            function,
+            request,
+            title=stage,
+            on_event=lambda event: progress.report(stage, event["step"], total),
+            failure=ExportError,
+        )
+
+    request: dict[str, Any] = {
+        "source": asdict(spec),
+        "merge": True,
+        "input": "float32",
+        "outputs": list(outputs),
+        "folder": str(folder),
+        "plan": asdict(plan),
+    }
+    before = quality.judge_reference(plan, request, run)
+    rows: list[dict[str, Any]] = []
+    for precision in precisions:
+        policy = PrecisionPolicy(precision)
+        kinds = quality.kinds_of(policy)
+        kinds = ("twin", *kinds) if policy.bfloat16 else kinds
+        options = ExportOptions(policy, outputs=tuple(outputs), verify=False)
+        try:
+            bundle = export_bundle(
+                spec,
+                folder / precision,
+                options,
+                on_event=lambda event: progress.report(event["stage"], event["step"], event["total"], event["detail"]),
+            ).bundle
+            more = {"policy": asdict(policy), "model": str(bundle.model_path)}
+            found = quality.judge_deployed(kinds, plan, {**request, **more}, before, run)
+        except ExportError as error:
+            rows.append({"precision": precision, "failed": without_paths(str(error))})
+            continue
+        rows += [_row(precision, kind, comparison) for kind, comparison in found.items()]
+        for row in rows[-len(found) :]:
+            progress.line(precision, f"{row['label']}: AbsRel {100 * row['changes']['abs_rel']['change']:+.2g} %")
+    return rows
+
+
+def _row(precision: str, kind: str, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "precision": precision,
+        "run": kind,
+        "label": LABELS[kind],
+        **comparison.to_dict(),
+        "limits": quality.limits_of(precision),
+        "within_limits": not quality.beyond(comparison, precision),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(finish("quality", lambda: main))
