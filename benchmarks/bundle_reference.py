@@ -1,5 +1,6 @@
 """What the checks of a runtime share: a bundle to run, and what PyTorch gives for its weights in float32."""
 
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 PRESET = "moe3d-tiny"
 _TO_EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime")
-_SEEDED = re.compile(r"preset:(\S+) seed (\d+)")
+_OF_PRESET = re.compile(r"preset:(\S+) (?:seed (\d+)|trained weights)")
 
 
 def find_bundle(run: CheckRun) -> Bundle:
@@ -39,21 +40,27 @@ def find_bundle(run: CheckRun) -> Bundle:
 
 
 class Reference:
-    """The float32 model with the weights of a bundle of seeded weights, in PyTorch: on its GPU, else on the CPU."""
+    """The float32 model with the weights of a preset's bundle, in PyTorch: on its GPU, else on the CPU."""
 
     def __init__(self, run: CheckRun, manifest: Manifest) -> None:
-        """Skips the check for weights that a seed does not give again."""
-        match = _SEEDED.fullmatch(manifest.checkpoint.origin)
+        """Skips the check for weights that neither a seed nor this package gives again."""
+        checkpoint = manifest.checkpoint
+        match = _OF_PRESET.fullmatch(checkpoint.origin)
         if not match:
-            run.skip(
-                f"the bundle's weights are {manifest.checkpoint.origin!r}; give a bundle of a preset's seeded weights"
-            )
+            run.skip(f"the bundle's weights are {checkpoint.origin!r}; give a bundle of a preset")
         import torch
 
         from moe3d_deploy.benchmarks.torch_device import set_exact_float32
         from moe3d_deploy.export.precision import PrecisionPolicy
         from moe3d_deploy.export.source import SourceSpec
 
+        source = SourceSpec(match[1], int(match[2]) if match[2] else None)
+        opened = source.open()
+        config = dataclasses.replace(opened.config, point_head=manifest.config.point_head)
+        if (config, opened.sha256()) != (manifest.config, checkpoint.sha256):
+            run.skip(
+                f"the bundle's weights are {checkpoint.origin!r} of another version of moe3d-deploy; export it again"
+            )
         set_exact_float32()
         self.names = [tensor.name for tensor in manifest.outputs]
         self.precision = manifest.precision
@@ -61,7 +68,6 @@ class Reference:
         self.patch_size = manifest.config.patch_size
         self._optional = [name for name in self.names if name in OPTIONAL_OUTPUTS]
         run.step(f"loading the PyTorch model on {self.device}")
-        source = SourceSpec(match[1], int(match[2]))
         self._model: MoE3D = source.load(PrecisionPolicy("fp32"), self._optional).to(self.device)
         run.record(reference={"torch": torch.__version__, "device": self.device, "precision": "fp32", "tf32": False})
 

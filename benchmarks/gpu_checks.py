@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="A bundle of seeded weights, with or without a TensorRT-RTX engine; without it one is exported.",
+    help="A bundle of a preset, with or without a TensorRT-RTX engine; without it one is exported.",
 )
 @click.option("--revision", help="The git revision of the code, for a copied tree that has no git of its own.")
 def command(out: Path, names: tuple[str, ...], bundle: Path | None, revision: str | None) -> int:

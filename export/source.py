@@ -16,7 +16,7 @@ class SourceSpec:
     """The arguments of `open_checkpoint`."""
 
     source: str
-    seed: int = 0
+    seed: int | None = None
     allow_pickle: bool = False
 
     def open(self) -> "WeightSource":

@@ -37,6 +37,7 @@ from moe3d_deploy.expert_init import convert_to_moe
 from moe3d_deploy.files import atomic_path, exclusive_lock, sync
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.safetensors_io import SafetensorsFile, write_safetensors
+from moe3d_deploy.shipped_weights import ShippedWeights, shipped_weights
 from moe3d_deploy.weight_sources import (
     SEEDED_LICENCE,
     VGGT_LICENCE,
@@ -74,15 +75,16 @@ _PARTIAL = re.compile(rf"{_CONFIG_PARTIAL.pattern}|\.model\.partial-[0-9a-f]{{8}
 def open_checkpoint(
     source: str | Path,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     allow_pickle: bool = False,
     config: ModelConfig | None = None,
 ) -> WeightSource:
     """Find the weights that `source` names and check their keys and shapes; no tensor is read yet.
 
-    source        a preset ("moe3d-1b", "preset:moe3d-1b": seeded weights), a checkpoint folder, a .safetensors file,
+    source        a preset ("moe3d-1b", "preset:moe3d-1b"), a checkpoint folder, a .safetensors file,
                   a .safetensors.index.json, or a .pt / .pth / .ckpt / .bin file
-    seed          of a preset's weights
+    seed          of a preset: its seeded random weights; None: the trained ones that come with the package, where it
+                  has them, else those of seed 0
     allow_pickle  read a .pt file, with torch's weights_only loader
     config        for a folder or file, in place of its config.json; without either, the tensors' shapes tell the sizes
                   and a preset the rest, which a Moe3dWarning names
@@ -93,7 +95,9 @@ def open_checkpoint(
     if preset is not None:
         if config is not None:
             raise InputError(f"preset {preset!r} has its own config; leave out the config, or use seeded_source")
-        return seeded_source(preset, PRESETS[preset], seed)
+        if seed is None and (shipped := shipped_weights(preset)):
+            return _shipped_source(preset, shipped)
+        return seeded_source(preset, PRESETS[preset], seed or 0)
     path = Path(source)
     place = find_weights(path)
     notes: dict[str, str] = {}
@@ -214,6 +218,12 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
         raise
+
+
+def _shipped_source(preset: str, shipped: ShippedWeights) -> StoredSource:
+    file = SafetensorsFile(shipped.path)
+    check_shapes(str(shipped.path), file.shapes(), PRESETS[preset])
+    return StoredSource(PRESETS[preset], preset, shipped.origin, shipped.licence, file)
 
 
 def _open_file(place: Place, allow_pickle: bool) -> TensorFile:

@@ -191,14 +191,15 @@ def _check_sizes(c: ModelConfig) -> None:
 
 
 _TINY = ModelConfig(
-    img_size=252,
+    img_size=224,
+    patch_size=7,
     vit=VitConfig(embed_dim=128, depth=4, num_heads=4),
-    aggregator=AggregatorConfig(embed_dim=128, depth=4, num_heads=4),
+    aggregator=AggregatorConfig(embed_dim=128, depth=4, num_heads=4, init_values=0.1),
     camera_head=CameraHeadConfig(dim_in=256, trunk_depth=2, num_heads=4),
     dpt_head=DptHeadConfig(
         dim_in=256, features=64, out_channels=(48, 96, 128, 128), intermediate_layer_idx=(0, 1, 2, 3)
     ),
-    moe=MoeConfig(),
+    moe=MoeConfig(hidden_channels=16, gate_hidden_channels=16),
     point_head=False,
 )
 

@@ -30,7 +30,8 @@ class WeightSource(ABC):
     """Named tensors and what is known about them.
 
     name      short, fit for a file name: "moe3d-1b"
-    origin    where the weights come from, never an absolute path: "preset:moe3d-1b seed 0", "VGGT-1B"
+    origin    where the weights come from, never an absolute path: "preset:moe3d-1b seed 0", "VGGT-1B",
+              "preset:moe3d-tiny trained weights"
     licence   one line
     """
 

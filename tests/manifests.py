@@ -39,7 +39,7 @@ def example_manifest() -> Manifest:
         model_config=PRESETS["moe3d-tiny"].to_dict(),
         checkpoint=Checkpoint(origin="preset:moe3d-tiny seed 0", sha256=None, licence="Apache-2.0"),
         preprocessing=Preprocessing(
-            mode="crop", size=252, patch_size=14, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), layout="BS3HW"
+            mode="crop", size=224, patch_size=7, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), layout="BS3HW"
         ),
         inputs=(Tensor("images", "float32", ("B", "S", 3, "H", "W"), "RGB in [0,1]"),),
         outputs=(

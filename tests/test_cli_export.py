@@ -172,6 +172,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         (("--opset", "23"), ExportOptions(opset=23)),
         (("--input", "uint8"), ExportOptions(input="uint8")),
         (("--static", "1x?x392x518"), ExportOptions(static=StaticShape(1, None, 392, 518))),
+        (("--verify-quality", "32"), ExportOptions(quality=32)),
+        (("--verify-quality",), ExportOptions(quality=16)),
     ],
 )
 def test_flags_become_options(flags: tuple[str, ...], options: ExportOptions, calls: Calls, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_shape_flags_become_the_engines_profile(
 
 
 def test_the_report_says_what_was_done_and_what_comes_next(calls: Calls, tmp_path: Path, capsys: Capture) -> None:
-    assert export_main(["moe3d-tiny", "-o", str(tmp_path / "bundle")]) == 0
+    assert export_main(["moe3d-tiny", "-o", str(tmp_path / "bundle"), "--seed", "0"]) == 0
 
     out, err = capsys.readouterr()
     path = exports.bundle().path
@@ -256,16 +258,20 @@ def test_a_failed_export_is_one_line_and_code_1(calls: Calls, tmp_path: Path, ca
         (["moe3d-tiny", "-o", "{out}", "--views", "8:4:1"], "--views 8:4:1: sizes must rise, min <= opt <= max"),
         (["moe3d-tiny", "-o", "{out}", "--views", "two"], "--views 'two': expected a number, min:max or min:opt:max, "),
         (["moe3d-tiny", "-o", "{out}", "--batch", "0"], "--batch 0: every size must be at least 1"),
-        (["moe3d-tiny", "-o", "{out}", "--height", "100"], "--height 100: 100 is not a multiple of the patch size 14"),
+        (["moe3d-tiny", "-o", "{out}", "--height", "100"], "--height 100: 100 is not a multiple of the patch size 7"),
         (["moe3d-tiny", "-o", "{out}", "--width", "140:150"], "--width 140:150:150: 150 is not a multiple of the"),
         (["moe3d-tiny", "-o", "{out}", "--static", "?x?x100x?"], "--static: height 100 is not a multiple of the patch "
-         "size 14; nearest is 98"),
+         "size 7; nearest is 98"),
         (["moe3d-tiny", "-o", "{out}", "--static", "?x2x?x?", "--views", "1:2"], "--views 1:2: the file fixes views at "
          "2 (--static), leave --views out"),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "normals"], "output 'normals' cannot be exported; choose from "),
         (["moe3d-tiny", "-o", "{out}", "--outputs", "expert_depths"], "output 'expert_depths' cannot be exported"),
         (["no-such-thing", "-o", "{out}"], "no-such-thing: no such bundle or checkpoint, nor a preset (vggt-1b, "),
         (["moe3d-tiny", "-o", "{out}", "--builder", "none", "--views", "2"], "--views is a shape of an engine and "),
+        (["moe3d-tiny", "-o", "{out}", "--verify-quality", "--no-verify"], "--verify-quality is a part of the "
+         "verification that --no-verify leaves out: drop one of them"),
+        (["moe3d-tiny", "-o", "{out}", "--verify-quality", "4", "--static", "?x9x?x?"], "--verify-quality cannot "
+         "render scenes for this file: "),
         ([".", "-o", "{out}", "--seed", "0"], "--seed is for the weights of a preset, . has its own: leave it out"),
     ],
 )  # fmt: skip
@@ -297,6 +303,7 @@ def test_bad_input_is_one_line_and_code_2_before_any_work(
                 ["--static", "1x1x28x42"],
                 ["--no-merge"],
                 ["--no-verify"],
+                ["--verify-quality"],
                 ["--seed", "0"],
                 ["--allow-pickle"],
                 ["--overwrite"],

@@ -19,7 +19,7 @@ from moe3d_deploy import costs, devices
 from moe3d_deploy.bundle import BundleWriter
 from moe3d_deploy.cli.main import load_command, main
 from moe3d_deploy.cli.plan import parse_shapes, plan_command
-from moe3d_deploy.config import PRESETS
+from moe3d_deploy.config import PRESETS, MoeConfig
 from moe3d_deploy.devices import Device
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.export.precision import PrecisionPolicy
@@ -119,7 +119,7 @@ def test_what_does_not_fit_comes_with_what_does_and_these_plans_fit() -> None:
         options = {"--precision": "fp32", **dict(zip(*[iter(shlex.split(flags))] * 2, strict=True))}
         (plan,) = document("moe3d-tiny", "--device", TINY_DEVICE, *sum(options.items(), ()))["shapes"]
         assert plan["fits"] is True
-        assert f"{plan['peak_bytes'] / 1e6:.0f} MB" == peak
+        assert f"{plan['peak_bytes'] / 1e6:.3g} MB" == peak
     views = next(flags.split("x")[1] for label, _, flags in offered if label == "fewer views")
     more = f"1x{int(views) + 1}x252x252"
     (plan,) = document("moe3d-tiny", "--device", TINY_DEVICE, "--shapes", more, "--precision", "fp32")["shapes"]
@@ -127,7 +127,7 @@ def test_what_does_not_fit_comes_with_what_does_and_these_plans_fit() -> None:
 
 
 def test_weights_that_are_too_big_are_said_to_be() -> None:
-    out = text("moe3d-1b", "--device", "1e12,1e10,1e9", "--shapes", "1x1x140x140")
+    out = text("moe3d-1b", "--device", "1e12,1e10,1.5e9", "--shapes", "1x1x140x140")
     assert "1x1x140x140 does not fit in 1.00 GB: the weights alone are 2.75 GB." in out
     assert "next" not in out
 
@@ -172,7 +172,7 @@ def test_json_is_one_object_with_units_in_its_names() -> None:
     assert row["shape"] == [2, 3, 56, 70]
     assert sum(row["components"].values()) == row["flops"]
     assert set(row["floor"]) == {"compute", "memory", "bound"}
-    assert found["parameters"]["total"] == 5_472_126
+    assert found["parameters"]["total"] == 5_481_966
 
 
 @pytest.mark.parametrize(
@@ -257,18 +257,19 @@ def test_a_bundle_settles_precision_point_head_and_shapes(tmp_path: Path) -> Non
     )
     found = document(plain)
     assert (found["kind"], found["precision"], found["form"]) == ("bundle", "fp32", "explicit")
-    assert [row["shape"] for row in found["shapes"]] == [[1, 2, 196, 252], [1, 4, 196, 252]]
+    assert [row["shape"] for row in found["shapes"]] == [[1, 2, 168, 224], [1, 4, 168, 224]]
     assert found["model_config"]["point_head"] is False
     assert document(points)["model_config"]["point_head"] is True
     assert f"bundle {plain} is fp32; leave --precision out" in refusal(plain, "--precision", "fp16")
     assert f"bundle {plain} has no point head" in refusal(plain, "--point-head")
-    assert "1x8x196x252: the bundle does not take this shape" in text(plain, "--shapes", "1x8x196x252")
-    assert "next         moe3d-export " + str(plain) + " --views 2:4 --height 196 --width 252\n" in text(plain)
+    assert "1x8x168x224: the bundle does not take this shape" in text(plain, "--shapes", "1x8x168x224")
+    assert "next         moe3d-export " + str(plain) + " --views 2:4 --height 168 --width 224\n" in text(plain)
 
 
 def test_a_bundle_with_plain_experts_has_no_wide_map_of_all_of_them(tmp_path: Path) -> None:
     """160 channels x 504 x 504 x 53 views are more than 2^31 - 1; a single branch has 32 of them."""
-    manifest = replace(example_manifest(), precision="fp32")
+    config = replace(PRESETS["moe3d-tiny"], moe=MoeConfig(hidden_channels=32, gate_hidden_channels=32))
+    manifest = replace(example_manifest(), precision="fp32", model_config=config.to_dict())
     free = replace(manifest.shape_ranges, views=Range(1, None))
     for merged, warned in ((True, True), (False, False)):
         path = write_bundle(tmp_path / str(merged), replace(manifest, merged_experts=merged, shape_ranges=free))
@@ -357,13 +358,13 @@ def test_an_engine_is_built_on_the_device_where_tensorrt_rtx_builds_none(name: s
 
 
 def test_what_is_offered_for_a_bundle_is_what_it_takes(tmp_path: Path) -> None:
-    """The model takes any size in patches of 14; the file takes 2, 5, 8 ... 20 views of 56, 98, ... rows, 252 wide."""
+    """The model takes any size in patches of 7; the file takes 2, 5, 8 ... 20 views of 56, 98, ... rows, 252 wide."""
     ranges = ShapeRanges(Range(1, 1), Range(2, 20, 3), Range(56, 266, 42), Range(252, 252))
     model = PRESETS["moe3d-tiny"].to_dict()
     manifest = replace(example_manifest(), precision="fp32", shape_ranges=ranges, model_config=model)
     path = write_bundle(tmp_path / "b", manifest)
     shapes = "1x20x224x252,1x2x56x252,1x3x56x252"
-    args = (path, "--device", "1e12,1e10,3e8", "--views-that-fit", "--shapes", shapes)
+    args = (path, "--device", "1e12,1e10,1.5e9", "--views-that-fit", "--shapes", shapes)
     found = document(*args)
     large, _, between = found["shapes"]
     assert (large["fits"], large["taken_by_the_bundle"]) == (False, True)

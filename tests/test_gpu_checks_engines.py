@@ -3,6 +3,7 @@
 Not run here: an engine that loads, and ONNX Runtime on a card.
 """
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from recorder import Recorder
+from trained_weights import ship_small
 
 from moe3d_deploy import trt
 from moe3d_deploy.benchmarks import bundle_reference, checks_engines
@@ -51,11 +53,12 @@ class FakeRunner:
     """An engine that gives PyTorch's outputs times a factor."""
 
     factor = 1.0
+    seed: int | None = 0
     error: EngineError | None = None
 
     def __init__(self, path: Path, *, builder: str, built_by: str) -> None:
         assert (path.name, builder, bool(built_by)) == ("tiny.plan", "tensorrt-rtx", True)
-        self.model = load_model(open_checkpoint("moe3d-tiny"))
+        self.model = load_model(open_checkpoint("moe3d-tiny", seed=self.seed))
 
     def __enter__(self) -> "FakeRunner":
         return self
@@ -71,6 +74,12 @@ class FakeRunner:
         return {name: outputs[name].numpy() * self.factor for name in ("depth", "extrinsics")}
 
 
+def checkpoint_of(seed: int | None) -> SimpleNamespace:
+    """What a manifest says of the preset's weights."""
+    source = open_checkpoint("moe3d-tiny", seed=seed)
+    return SimpleNamespace(origin=source.origin, sha256=source.sha256())
+
+
 @pytest.fixture
 def engine_bundle(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bundle of moe3d-tiny with an engine for sm80 and sm89 on an sm90 card; loading is told by `.loading`."""
@@ -84,7 +93,7 @@ def engine_bundle(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     manifest = SimpleNamespace(
         engines=(record,),
-        checkpoint=SimpleNamespace(origin="preset:moe3d-tiny seed 0"),
+        checkpoint=checkpoint_of(seed=0),
         outputs=(SimpleNamespace(name="depth"), SimpleNamespace(name="extrinsics")),
         precision="fp16",
         config=PRESETS["moe3d-tiny"],
@@ -153,9 +162,37 @@ def test_an_engine_that_loads_but_does_not_run_fails(
     assert run.figures["engines"][0]["run_error"] == run.failures[0]
 
 
-def test_a_bundle_whose_weights_no_seed_gives_is_skipped(run: Recorder, engine_bundle: Any) -> None:
+def test_a_bundle_whose_weights_no_preset_has_is_skipped(run: Recorder, engine_bundle: Any) -> None:
     engine_bundle.manifest.checkpoint.origin = "VGGT-1B"
-    with pytest.raises(Exception, match="the bundle's weights are 'VGGT-1B'; give a bundle of a preset's seeded"):
+    with pytest.raises(Exception, match="the bundle's weights are 'VGGT-1B'; give a bundle of a preset"):
+        checks_engines.rtx_engine_runs(run)
+
+
+def test_a_bundle_of_the_shipped_weights_is_compared_with_them(
+    run: Recorder, engine_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship_small(tmp_path, monkeypatch)
+    engine_bundle.manifest.checkpoint = checkpoint_of(seed=None)
+    engine_bundle.manifest.config = PRESETS["moe3d-tiny"]
+    assert engine_bundle.manifest.checkpoint.origin == "preset:moe3d-tiny trained weights"
+    checks_engines.rtx_engine_runs(run)
+    assert any("tiny.plan at 1x1x28x42: depth is off by " in failure for failure in run.failures)  # still seed 0's
+
+    run.failures.clear()
+    monkeypatch.setattr(FakeRunner, "seed", None)
+    checks_engines.rtx_engine_runs(run)
+    assert run.failures == []
+
+
+@pytest.mark.parametrize("changed", ["weights", "config"])
+def test_a_bundle_of_another_versions_preset_is_skipped(run: Recorder, engine_bundle: Any, changed: str) -> None:
+    """A preset and its trained weights may change; what the bundle was made of is gone then."""
+    manifest = engine_bundle.manifest
+    if changed == "weights":
+        manifest.checkpoint.sha256 = "0" * 64
+    else:
+        manifest.config = dataclasses.replace(manifest.config, img_size=252)
+    with pytest.raises(Exception, match="'preset:moe3d-tiny seed 0' of another version of moe3d-deploy; export it"):
         checks_engines.rtx_engine_runs(run)
 
 

@@ -137,13 +137,16 @@ def test_half_the_bytes_per_value_never_need_more() -> None:
     ],
 )
 def test_each_layers_tensors_are_in_its_own_type(precision: str, patch: int, trunk: int, head: int) -> None:
-    """Of 2 views of 28x42: images in four channels, the first block's queries, keys and values, the experts' map."""
+    """Images in four channels, the first block's queries, keys and values, the experts' map.
+
+    Of 2 views of 28x42, which are 4 x 6 patches.
+    """
     tape = record_compiled(Sizes.of(TINY, (1, 2, 28, 42)), PrecisionPolicy(precision).type_of, fused=True)
     made = [size for _, size in tape._events if size]
 
     assert made[:2] == [2 * 3 * 28 * 42 * patch, 2 * 4 * 28 * 42 * patch]
-    assert made[2] == 2 * 6 * TINY.vit.embed_dim * patch
-    assert made[5] == 2 * (6 + 1 + TINY.vit.num_register_tokens) * 3 * TINY.vit.embed_dim * trunk
+    assert made[2] == 2 * 24 * TINY.vit.embed_dim * patch
+    assert made[5] == 2 * (24 + 1 + TINY.vit.num_register_tokens) * 3 * TINY.vit.embed_dim * trunk
     assert TINY.moe is not None
     wide = TINY.moe.num_experts * TINY.moe.hidden_channels + TINY.moe.gate_hidden_channels
     assert made[-3] == 2 * wide * 28 * 42 * head

@@ -20,10 +20,18 @@ from moe3d_deploy.errors import EXTRA_OF
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("export", "engines", "benchmarks")
 
-DATA = {"moe3d_deploy/export/limits.json", "moe3d_deploy/benchmarks/results/of-a-test.json"}
+DATA = {
+    "moe3d_deploy/export/limits.json",
+    "moe3d_deploy/benchmarks/results/of-a-test.json",
+    "moe3d_deploy/weights/of-a-test.json",
+    "moe3d_deploy/weights/of-a-test.safetensors",
+}
 
 # Needs a file that is no module: a share of the 16-bit range, from export/limits.json.
 LIMIT = "from moe3d_deploy.export.compare import Limits; print(Limits.of('fp16').headroom)"
+
+# Trained weights are found beside the package's modules.
+WEIGHTS = "from moe3d_deploy import shipped_weights as s; print(s.weights_file('of-a-test').read_text(), end='')"
 
 # Run from elsewhere: import every stage, say where they come from and whether that loaded a heavy library.
 PROBE = """
@@ -52,6 +60,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     results = copy / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     (results / "of-a-test.json").write_text("{}\n")
+    weights = copy / "moe3d_deploy" / "weights"
+    weights.mkdir(exist_ok=True)
+    (weights / "of-a-test.json").write_text("{}\n")
+    (weights / "of-a-test.safetensors").write_text("weights\n")
     return copy
 
 
@@ -179,12 +191,14 @@ def test_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> Non
     commands = install(str(wheel), tmp_path / "venv")
     check_installed(commands, site_packages_of(commands), tmp_path)
     assert succeed([str(commands / "python"), "-c", LIMIT], cwd=tmp_path) == "0.5\n"
+    assert succeed([str(commands / "python"), "-c", WEIGHTS], cwd=tmp_path) == "weights\n"
 
 
 def test_unpacked_sdist_finds_its_data(sdist: Path, tmp_path: Path) -> None:
     shutil.unpack_archive(sdist, tmp_path)
     (unpacked,) = tmp_path.iterdir()
     assert succeed([sys.executable, "-c", LIMIT], cwd=unpacked) == "0.5\n"
+    assert succeed([sys.executable, "-c", WEIGHTS], cwd=unpacked) == "weights\n"
     place = [sys.executable, "-c", "import moe3d_deploy.export; print(moe3d_deploy.export.__file__)"]
     assert succeed(place, cwd=unpacked) == f"{unpacked}/moe3d_deploy/export/__init__.py\n"
 

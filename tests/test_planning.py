@@ -197,8 +197,8 @@ def test_the_usual_form_follows_the_attentions_type_and_the_device() -> None:
 
 def test_usual_shapes_are_518x392_pictures_in_the_models_own_size() -> None:
     assert planning.usual_shapes(MOE3D) == [(1, views, 392, 518) for views in (1, 2, 4, 8, 16)]
-    # 252 x 392 / 518 = 190.7 pixels, 13.6 patches
-    assert planning.usual_shapes(PRESETS["moe3d-tiny"])[0] == (1, 1, 196, 252)
+    # 224 x 392 / 518 = 169.5 pixels, 24.2 patches of 7
+    assert planning.usual_shapes(PRESETS["moe3d-tiny"])[0] == (1, 1, 168, 224)
 
 
 def test_a_shape_that_the_model_cannot_take_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe3d_deploy.config import PRESETS, MoeConfig
+from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.weight_sources import model_shapes, seeded_source
 
@@ -34,4 +34,4 @@ def test_model_shapes_can_be_changed_by_the_caller() -> None:
     shapes = model_shapes(PRESETS["moe3d-tiny"])
     shapes.clear()
 
-    assert model_shapes(PRESETS["moe3d-tiny"])["depth_head.gate.2.weight"] == (MoeConfig().num_experts, 32, 1, 1)
+    assert model_shapes(PRESETS["moe3d-tiny"])["depth_head.gate.2.weight"] == (4, 16, 1, 1)

@@ -32,9 +32,8 @@ _BYTES_PER_VALUE = {"float32": 4, "float16": 2, "bfloat16": 2}
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Seed of the experts' noise, of the gate and of a preset's weights.",
+    help="Seed of the experts' noise and of the gate; takes a preset's seeded random weights, not trained ones.  "
+    "[default: 0, and a preset's trained weights where it has them]",
 )
 @click.option(
     "--temperature",
@@ -60,7 +59,7 @@ def convert_command(
     output: Path,
     experts: int,
     noise: float,
-    seed: int,
+    seed: int | None,
     temperature: float,
     keep_vggt: bool,
     dtype: str,
@@ -70,8 +69,8 @@ def convert_command(
     """Convert a checkpoint to a folder of config.json and model.safetensors.
 
     SOURCE is VGGT's model.safetensors or model.pt, a checkpoint folder (with one file of weights or an index of
-    shards), or a preset (vggt-1b, moe3d-1b, moe3d-tiny), which means seeded random weights. VGGT's depth head becomes a
-    mixture of experts: near copies of it, to be trained.
+    shards), or a preset (vggt-1b, moe3d-1b, moe3d-tiny); one without trained weights has seeded random ones. VGGT's
+    depth head becomes a mixture of experts: near copies of it, to be trained.
 
     \b
     moe3d convert moe3d-tiny -o tiny
@@ -91,7 +90,7 @@ def convert_command(
     weights = opened
     if not keep_vggt:
         weights = checkpoint.convert_to_moe(
-            opened, num_experts=experts, noise=noise, seed=seed, temperature=temperature
+            opened, num_experts=experts, noise=noise, seed=seed or 0, temperature=temperature
         )
         if weights is opened and context.get_parameter_source("noise") is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{opened.name} has experts, which are kept as they are, so --noise has no meaning")

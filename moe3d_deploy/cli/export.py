@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from moe3d_deploy.bundle import Bundle, is_bundle
-from moe3d_deploy.cli.arguments import comma_list
+from moe3d_deploy.cli.arguments import comma_list, given_flags
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.engines.add import add_built_engine
@@ -19,6 +18,7 @@ from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 from moe3d_deploy.export.contract import INPUTS, OPSET, OPSETS, OPTIONAL_OUTPUTS
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
+from moe3d_deploy.export.quality import SCENES, QualityPlan, quality_lines
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.manifest import ShapeRanges, Verification
@@ -27,8 +27,8 @@ Ranges = tuple[str | None, str | None, str | None, str | None]
 """--batch, --views, --height and --width as given."""
 
 _OF_A_CHECKPOINT = (
-    "precision", "outputs", "opset", "input_type", "static", "no_merge", "no_verify", "seed", "allow_pickle",
-    "overwrite",
+    "precision", "outputs", "opset", "input_type", "static", "no_merge", "no_verify", "verify_quality", "seed",
+    "allow_pickle", "overwrite",
 )  # fmt: skip
 
 
@@ -59,6 +59,11 @@ _OF_A_CHECKPOINT = (
 @click.option("--no-merge", is_flag=True, help="Keep a convolution per expert and plain operations for the mix.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch; the manifest records it.")
 @click.option(
+    "--verify-quality", type=click.IntRange(min=1), is_flag=False, flag_value=SCENES, default=None, metavar="[SCENES]",
+    help="Also compare the file's quality with PyTorch's, on so many rendered scenes with exact truth; fails beyond a "
+    f"limit. Write it after SOURCE.  [default without a number: {SCENES}]",
+)  # fmt: skip
+@click.option(
     "--builder", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]), default="auto", show_default=True,
     help="Engine builder; none for the ONNX file alone.",
 )  # fmt: skip
@@ -66,7 +71,7 @@ _OF_A_CHECKPOINT = (
 @click.option("--views", default=None, help="Views of the engine.  [default: 1:2:8]")
 @click.option("--height", default=None, help="Image height of the engine in pixels.  [default: 10 patches to img_size]")
 @click.option("--width", default=None, help="Image width of the engine in pixels.  [default: as --height]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of a preset's weights.")
+@click.option("--seed", type=click.IntRange(min=0), help="Take a preset's seeded random weights, not trained ones.")
 @click.option("--allow-pickle", is_flag=True, help="Read a .pt checkpoint (weights only).")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with sizes, times, memory and errors.")
@@ -80,19 +85,21 @@ def export_command(
     static: str | None,
     no_merge: bool,
     no_verify: bool,
+    verify_quality: int | None,
     builder: str,
     batch: str | None,
     views: str | None,
     height: str | None,
     width: str | None,
-    seed: int,
+    seed: int | None,
     allow_pickle: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Export SOURCE, a preset, a checkpoint or a bundle, to a bundle: one ONNX file, verified, and an engine.
 
-    Presets (vggt-1b, moe3d-1b, moe3d-tiny) have seeded random weights. A bundle as SOURCE gets another engine.
+    Presets (vggt-1b, moe3d-1b, moe3d-tiny) without trained weights have seeded random ones. A bundle as SOURCE gets
+    another engine.
 
     \b
     moe3d-export moe3d-tiny -o bundle --precision fp16 --views 1:2:4
@@ -100,6 +107,7 @@ def export_command(
     moe3d-export my-moe3d -o wide --precision bf16 --opset 23
     moe3d-export my-moe3d -o camera --input uint8 --static 1x1x392x518
     moe3d-export my-moe3d -o maps --outputs expert_weights,expert_entropy --builder none
+    moe3d-export my-moe3d -o checked --verify-quality 32
     """
     progress = Progress()
     ranges = (batch, views, height, width)
@@ -107,21 +115,23 @@ def export_command(
     is_preset = source.removeprefix("preset:") in PRESETS
     if not is_preset and not Path(source).exists():
         raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
-    if builder == "none" and (given := _given(*AXES)):
+    if builder == "none" and (given := given_flags(*AXES)):
         raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
     if is_bundle(source):
         if output is not None:
             raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
         if builder == "none":
             raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
-        if given := _given(*_OF_A_CHECKPOINT):
+        if given := given_flags(*_OF_A_CHECKPOINT):
             raise InputError(f"{source} is a bundle, its model is exported already; leave {given[0]} out")
         bundle = Bundle.open(source, engines=False)  # a damaged engine is what this may be about to replace
     else:
         if output is None:
             raise InputError("-o is missing: name the bundle folder to write")
-        if (given := _given("seed")) and not is_preset:
+        if (given := given_flags("seed")) and not is_preset:
             raise InputError(f"{given[0]} is for the weights of a preset, {source} has its own: leave it out")
+        if no_verify and (given := given_flags("verify_quality")):
+            raise InputError(f"{given[0]} is a part of the verification that --no-verify leaves out: drop one of them")
         spec = SourceSpec(source, seed, allow_pickle)
         options = ExportOptions(
             policy=PrecisionPolicy(precision),
@@ -131,6 +141,7 @@ def export_command(
             opset=int(opset),
             input=input_type,
             static=StaticShape.parse(static) if static else StaticShape(),
+            quality=verify_quality,
         )
         _check_before_work(builder, ranges, spec, options, progress)
         bundle = _export(spec, output, options, overwrite, progress, report)
@@ -139,24 +150,19 @@ def export_command(
     _finish(bundle, report, progress, as_json)
 
 
-def _given(*names: str) -> list[str]:
-    """The flags of these parameters that stand on the command line."""
-    context = click.get_current_context()
-    flags = {option.name: option.opts[0] for option in context.command.params}
-    return [flags[name] for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-
-
 def _check_before_work(
     builder: str, ranges: Ranges, spec: SourceSpec, options: ExportOptions, progress: Progress
 ) -> None:
     """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the shapes."""
-    require_packages(verify=False)
+    require_packages(verify=False, quality=options.quality is not None)
     checkpoint = spec.open()
     config, parameters = checkpoint.config, sum(math.prod(shape) for shape in checkpoint.shapes().values())
     experts = f"{config.moe.num_experts} experts" if config.moe else "no experts"
     progress.line("checkpoint", f"{checkpoint.origin}, {parameters / 1e6:.1f} M parameters, {experts}")
     progress.line("licence", checkpoint.licence)
     options.static.check(config.patch_size)
+    if options.quality is not None:
+        QualityPlan.of(config, options.static, options.quality)
     if builder != "none":
         try:
             resolve_builder(builder, opset=options.opset, precision=options.policy.precision)
@@ -189,7 +195,10 @@ def _export(
             progress.report(event["stage"], event["step"], event["total"], event["detail"])
 
     result = export_bundle(spec, output, options, overwrite=overwrite, on_event=on_event)
-    progress.line("verify", _verification_summary(result.bundle.manifest.verification))
+    verification = result.bundle.manifest.verification
+    progress.line("verify", _verification_summary(verification))
+    for line in quality_lines(verification.quality) if verification.quality else ():
+        progress.line("quality", line)
     report["stages"] = result.stages
     return result.bundle
 
@@ -242,6 +251,7 @@ def _finish(bundle: Bundle, report: dict[str, Any], progress: Progress, as_json:
             "verification": {
                 "status": bundle.manifest.verification.status,
                 "cases": list(bundle.manifest.verification.cases),
+                **({"quality": quality} if (quality := bundle.manifest.verification.quality) else {}),
             },
         }
         click.echo(json.dumps(report, indent=2, sort_keys=True))

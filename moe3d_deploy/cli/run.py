@@ -28,7 +28,7 @@ _EXPERT_OUTPUTS = ("expert_weights", "expert_entropy")
 @input_options
 @output_options
 @click.option("--outputs", default="", help="PyTorch only: outputs beyond the default ones, separated by commas.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="PyTorch presets only.")
+@click.option("--seed", type=click.IntRange(min=0), help="PyTorch presets only: seeded random weights.")
 @click.option("--view-chunk", type=click.IntRange(min=1), help="PyTorch only: views the dense heads take at a time.")
 @click.option("--allow-pickle", is_flag=True, help="PyTorch only: read a .pt checkpoint (weights only).")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per view and per scene instead of text.")
@@ -51,7 +51,7 @@ def run_command(
     voxel: str | None,
     max_points: int | None,
     outputs: str,
-    seed: int,
+    seed: int | None,
     view_chunk: int | None,
     allow_pickle: bool,
     as_json: bool,

@@ -74,7 +74,7 @@ class Session:
         *,
         backend: str = "auto",
         outputs: Sequence[str] = (),
-        seed: int = 0,
+        seed: int | None = None,
         allow_pickle: bool = False,
         view_chunk: int | None = None,
         load: bool = True,
@@ -84,8 +84,9 @@ class Session:
         load   False puts off what takes long, a bundle's digests and the weights, to `load` or the first run; what
                the session tells of itself is known at once
 
-        The other arguments are PyTorch's: outputs beyond the default ones, a preset's seed, whether a pickle may be
-        read, and how many views the dense heads take at a time.
+        The other arguments are PyTorch's: outputs beyond the default ones, the seed of random weights for a preset
+        (None: its trained ones, where it has them), whether a pickle may be read, and how many views the dense heads
+        take at a time.
 
         Raises BundleError, CheckpointError, InputError, or MissingExtraError.
         """
@@ -101,7 +102,7 @@ class Session:
         if of_bundle:
             if outputs:
                 raise InputError(f"the outputs of bundle {source} were chosen at export; export again with --outputs")
-            given = {"seed": seed != 0, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
+            given = {"seed": seed is not None, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
             if unused := [name for name, is_given in given.items() if is_given]:
                 raise InputError(f"{unused[0]} is for PyTorch alone; leave it out for bundle {source}")
             session = cls._of_bundle(Path(source))
@@ -125,7 +126,7 @@ class Session:
 
     @classmethod
     def _of_checkpoint(
-        cls, source: str | Path, outputs: Sequence[str], seed: int, allow_pickle: bool, view_chunk: int | None
+        cls, source: str | Path, outputs: Sequence[str], seed: int | None, allow_pickle: bool, view_chunk: int | None
     ) -> "Session":
         from moe3d_deploy.runtime.torch_backend import TorchBackend
 

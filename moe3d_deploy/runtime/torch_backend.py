@@ -29,7 +29,7 @@ class TorchBackend:
         source: str | Path,
         *,
         outputs: Sequence[str] = (),
-        seed: int = 0,
+        seed: int | None = None,
         allow_pickle: bool = False,
         view_chunk: int | None = None,
     ) -> None:
