@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ExportOptions]:
         options_seen.append(options)
         on_event({"stage": "export", "step": 0, "total": 1, "detail": "trace"})
         if options.policy.precision == "fp32":
-            raise ExportError("stage export failed: no room in /home/somebody/scratch")
+            raise ExportError("stage export failed: no room in /elsewhere/somebody/scratch")
         return SimpleNamespace(bundle=exports.bundle().report.bundle)
 
     monkeypatch.setattr(benchmark, "run_in_child", run)
