@@ -121,7 +121,7 @@ def build(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         export_onnx(load_model(source, dtype_of=policy.dtype_of(), point_head=False), folder)
     patch = MODELS[request["model"]].patch_size
     shape = tuple(request["shape"])
-    profile = ShapeProfile((1, 1, patch, patch), shape, shape)
+    profile = ShapeProfile((1, 1, patch, patch), shape, shape, patch)
     built = build_engine(path, folder / "measured.plan", profile, builder="tensorrt-rtx", compute_capabilities=[(8, 9)])
     return {"bytes": built.activation_memory_bytes[0]}
 

@@ -20,8 +20,8 @@ from moe3d_deploy.machine import cpu_name, memory_bytes, usable_cores
 
 PACKAGES = (
     "click", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu",
-    "onnxscript", "opencv-python-headless", "Pillow", "polygraphy", "scikit-image", "scipy", "tensorrt", "tensorrt-cu12",
-    "tensorrt-cu13", "tensorrt_rtx", "torch", "triton",
+    "onnxscript", "opencv-python-headless", "Pillow", "polygraphy", "scikit-image", "scipy", "tensorrt",
+    "tensorrt-cu12", "tensorrt-cu13", "tensorrt_rtx", "torch", "triton",
 )  # fmt: skip
 
 _TIMEOUT_SECONDS = 20
