@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from trainings import TINY, assert_same, run, short, state_of, tiny_checkpoint, weights_of
 
-from moe3d_deploy.checkpoint import load_model, open_checkpoint
+from moe3d_deploy.checkpoint import load_model, open_checkpoint, save_checkpoint, seeded_source
 from moe3d_deploy.errors import CheckpointError, InputError
 from moe3d_deploy.training import scene_loss
 from moe3d_deploy.training.logs import read_log
@@ -83,6 +84,18 @@ def test_muon_resumes_to_the_bit_too(checkpoint: Path, tmp_path: Path, monkeypat
         run(options, tmp_path / "run")
     run(options, tmp_path / "run")
     assert_same(state_of(tmp_path / "run").tensors, state_of(tmp_path / "whole").tensors)
+
+
+def test_from_scratch_other_weights_of_the_source_are_no_matter(checkpoint: Path, tmp_path: Path) -> None:
+    """Of the source only the sizes count: a preset that has got trained weights since must not end a run."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    options = short(source, steps=2)
+    run(dataclasses.replace(options, minutes=1e-6), tmp_path / "run")
+    save_checkpoint(seeded_source("other", TINY, 5), source, overwrite=True)
+    result, lines = run(options, tmp_path / "run")
+    assert lines[0] == f"resumed: {tmp_path / 'run'} at step 1 of 2"
+    assert result.step == 2
 
 
 def test_torchs_random_numbers_go_on_too(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,13 +271,13 @@ def test_a_finished_run_takes_no_more_steps_and_mends_its_checkpoint(checkpoint:
 
 def test_a_run_from_other_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source")
-    run(short(source, steps=1), tmp_path / "run")
+    run(short(source, steps=1, from_scratch=False), tmp_path / "run")
     weights = source / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(CheckpointError, match="step-00000001 was trained from other weights than source now holds"):
-        run(short(source, steps=1), tmp_path / "run")
+        run(short(source, steps=1, from_scratch=False), tmp_path / "run")
 
 
 def test_a_state_of_another_run_is_refused(checkpoint: Path, whole: Path, tmp_path: Path) -> None:

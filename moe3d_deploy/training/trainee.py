@@ -108,7 +108,7 @@ class Trainee:
         stored = TrainOptions.from_dict(state.values["options"])
         if name := stored.first_difference(self.options):
             raise CheckpointError(f"{where} is of a run with another {name}; remove it, or choose another folder")
-        if state.values["source_sha256"] != self.digest:
+        if state.values["source_sha256"] != self.digest and not self.options.from_scratch:  # then no weight is read
             raise CheckpointError(
                 f"{where} was trained from other weights than {self.source.name} now holds; bring those back, or start "
                 f"a new phase: moe3d train {self.folder.checkpoint} -o OTHER"
