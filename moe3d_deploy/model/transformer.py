@@ -29,7 +29,9 @@ class RotaryTable(NamedTuple):
 
 def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
     """x in the dtype of `weight`; as it is under autocast, which would cast it a second time."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    device = x.device.type
+    casts_itself = device != "meta" and torch.is_autocast_enabled(device)  # torch refuses to be asked of meta tensors
+    return x if casts_itself else x.to(weight.dtype)
 
 
 class Linear(nn.Linear):

@@ -85,5 +85,5 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """On the parameter's device; a tensor of its shape also with its strides, as the optimizer made it."""
     if tensor.shape != parameter.shape:
-        return tensor  # the count of steps: a scalar on the CPU unless fused
+        return tensor.to(parameter.device)  # the count of steps: the fused optimizer keeps it beside the weights
     return torch.empty_like(parameter).copy_(tensor)

@@ -19,7 +19,7 @@ _LIMIT = 1.25  # of the ratio that delta counts
 
 
 def held_out_scenes(options: TrainOptions) -> tuple[list[StoredScene], list[str]]:
-    """Scenes of the held-out split, from FIRST_SEED on, in the run's first shape, with its most views; and notes of the cache."""
+    """Scenes of the held-out split, from FIRST_SEED on, in the run's first shape with its most views; cache notes."""
     height, width = options.shapes[0]
     count = options.views[1]
     store = scene_store(options, height, width, split=SPLIT, views=count)
