@@ -50,6 +50,7 @@ def test_json_of_something_else_is_refused(values: Any, text: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("changes", "text"), [
     ({"train": "tail"}, "train must be one of head, all, got 'tail'"),
+    ({"amp": "bf16-heads"}, "amp bf16-heads: a head alone is trained in float32; use bf16"),
     ({"steps": 0}, "steps must be positive, got 0"),
     ({"seed": -1}, "seed must not be negative, got -1"),
     ({"batch": 5, "accumulate": 2}, "batch 5 cannot be split into 2 equal micro-batches"),

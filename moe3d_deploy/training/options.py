@@ -200,3 +200,5 @@ def _check(o: TrainOptions) -> None:
     require(o.minutes is None or o.minutes > 0, f"minutes must be positive, got {o.minutes}")
     require(not (o.from_scratch and o.train == "head"),
             "a head on a backbone from scratch learns nothing that lasts; use --train all")  # fmt: skip
+    require(not (o.train == "head" and o.amp.endswith("-heads")),
+            f"amp {o.amp}: a head alone is trained in float32; use {o.amp.removesuffix('-heads')}")  # fmt: skip
