@@ -20,11 +20,12 @@ import click
 from moe3d_deploy import costs
 from moe3d_deploy.benchmarks import head_variants as heads
 from moe3d_deploy.benchmarks.environment import environment
-from moe3d_deploy.benchmarks.head_variants import SPLITS, Plan, Variant
+from moe3d_deploy.benchmarks.head_variants import Plan, Variant
 from moe3d_deploy.bundle import is_bundle
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import InputError, require
+from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.training.options import DEPTH_LOSSES
 
@@ -197,7 +198,7 @@ class _Run:
             return
         plan, found, started = self.plan, {}, time.monotonic()
         stages = {str(key): stage for key, stage in missing.items()}
-        for split in SPLITS:
+        for split in HELD_OUT:
             scenes = rendered_scenes(
                 range(plan.judged), split=split, views=plan.views, height=plan.height, width=plan.width
             )
@@ -243,7 +244,7 @@ class _Run:
         from moe3d_deploy.benchmarks.head_scores import predictions
         from moe3d_deploy.evaluation import rendered_scene
 
-        plan, split = self.plan, SPLITS[0]
+        plan, split = self.plan, HELD_OUT[0]
         single = self._scores(loss, 0, self.variants[0])[split]
         ranked = sorted(single, key=lambda name: (single[name].get("boundary_f1", 0.0), int(name)))
         name = ranked[len(ranked) // 2]

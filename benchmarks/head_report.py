@@ -15,7 +15,8 @@ from moe3d_deploy.benchmarks.head_statistics import (
     summary,
     windows,
 )
-from moe3d_deploy.benchmarks.head_variants import SINGLE, SPLITS, WIDE, Plan
+from moe3d_deploy.benchmarks.head_variants import SINGLE, WIDE, Plan
+from moe3d_deploy.evaluation.scenes import HELD_OUT
 
 CURVE_POINTS = 60
 _COMPARED = tuple(key for key in MEASURES if key != "gate_entropy")
@@ -30,7 +31,7 @@ class HeadResult(NamedTuple):
 
 def comparison(results: Mapping[str, Sequence[HeadResult]], loss: str, plan: Plan) -> dict[str, Any]:
     """`results` by head, per seed, all on equal scenes; the form is in docs/comparison.md."""
-    figures = {split: {name: [s.scores[split] for s in seeds] for name, seeds in results.items()} for split in SPLITS}
+    figures = {split: {name: [s.scores[split] for s in seeds] for name, seeds in results.items()} for split in HELD_OUT}
     found = {
         "loss": loss,
         "entropy_weight": plan.entropy_weight,

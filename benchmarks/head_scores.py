@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from moe3d_deploy.benchmarks.head_stage import LastStage
 from moe3d_deploy.evaluation import EvaluationScene, evaluate
 from moe3d_deploy.metrics import gate_statistics
+from moe3d_deploy.metrics.scene import EXPERT_SHARE
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.model.camera import cameras_from_pose
 
@@ -17,7 +18,6 @@ MEASURES = (
     "abs_rel", "delta1", "boundary_f1", "boundary_precision", "boundary_recall", "edge_miou", "flying", "gate_entropy"
 )  # fmt: skip
 EFFECTIVE_EXPERTS = "effective_experts"
-EXPERT_SHARE = "expert_share_"
 
 Scores = dict[str, dict[str, float]]
 """Figures of a head by scene."""

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe3d_deploy.evaluation.compare import PERCENTILES, RESAMPLES
 from moe3d_deploy.evaluation.measures import measure
+from moe3d_deploy.metrics.scene import EXPERT_SHARE
 
-RESAMPLES = 2000
 BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
-_PERCENTILES = (2.5, 97.5)
 _STREAM = 0
-_EXPERT_SHARE = "expert_share_"
 
 Figures = Sequence[Mapping[str, Mapping[str, float]]]
 """Of one head: per seed, by scene, by measure."""
@@ -40,7 +39,7 @@ def expert_shares(figures: Figures) -> list[float] | None:
 
     Experts are sorted within each seed, over all scenes: which number an expert has is chance.
     """
-    keys = sorted(key for key in next(iter(figures[0].values())) if key.startswith(_EXPERT_SHARE))
+    keys = sorted(key for key in next(iter(figures[0].values())) if key.startswith(EXPERT_SHARE))
     if not keys:
         return None
     of_seeds = [[np.mean([scene[key] for scene in scenes.values()]) for key in keys] for scenes in figures]
@@ -96,7 +95,7 @@ def _interval(changes: NDArray[np.float64]) -> tuple[float | None, float | None]
     of_seeds = stream.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES)
     of_scenes = stream.multinomial(scenes, np.full(scenes, 1 / scenes), size=RESAMPLES)
     means = ((of_seeds @ changes) * of_scenes).sum(axis=1) / changes.size
-    low, high = np.percentile(means, _PERCENTILES).tolist()
+    low, high = np.percentile(means, PERCENTILES).tolist()
     return low, high
 
 

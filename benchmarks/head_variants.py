@@ -12,7 +12,6 @@ from moe3d_deploy.parameter_shapes import OUTPUT_HIDDEN, parameter_shapes
 SINGLE, NARROW, WIDE, MOE, MOE_ENTROPY = "single", "narrow", "wide", "moe4", "moe4-entropy"
 EXPERTS = 4
 EQUAL_WITHIN = 0.01  # by which the FLOPs of `wide` and `moe4` may differ
-SPLITS = ("test-seeds", "test-kinds")
 
 _PREFIXES = ("depth_head.experts.", "depth_head.gate.")
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from moe3d_deploy import strict_json
 from moe3d_deploy.benchmarks.head_scores import Scores
@@ -18,6 +17,7 @@ from moe3d_deploy.benchmarks.head_training import CURVES, TrainedHead
 from moe3d_deploy.benchmarks.head_variants import Plan, Variant
 from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
 from moe3d_deploy.files import atomic_write, exclusive_lock, remove_partials
+from moe3d_deploy.training.state import part
 
 FORMAT_VERSION = 1  # of the folder, and of how heads are trained: raise it when older heads must not be mixed in
 
@@ -53,10 +53,10 @@ class WorkFolder:
         stage = LastStage(channels, variant)
         try:
             tensors = safetensors.torch.load(path.read_bytes())
-            stage.load_state_dict(_part(tensors, "head."))
+            stage.load_state_dict(part(tensors, "head."))
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path}: not a head of {variant.name}; remove it to train that again") from error
-        curves = _part(tensors, "curve.")
+        curves = part(tensors, "curve.")
         if not set(curves) <= set(CURVES) or "depth" not in curves:
             raise CheckpointError(f"{path}: holds no losses; remove it to train this head again")
         return TrainedHead(stage.requires_grad_(False), curves)
@@ -120,10 +120,6 @@ def _require_equal(file: Path, wanted: dict[str, Any]) -> None:
                 f"{file.parent} is of a comparison with another {name}{shown}; choose another --workdir, or remove it "
                 "to start anew"
             )
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _json(values: object) -> bytes:

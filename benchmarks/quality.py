@@ -25,6 +25,7 @@ from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import ExportError, InputError, Moe3dError, require
 from moe3d_deploy.evaluation import evaluate, native_size, rendered_scenes
 from moe3d_deploy.evaluation.compare import Comparison
+from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.export import quality
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
@@ -34,7 +35,6 @@ from moe3d_deploy.files import atomic_write
 from moe3d_deploy.runtime.session import Session
 
 FORMAT_VERSION = 1
-SPLITS = ("test-seeds", "test-kinds")
 
 
 @click.command()
@@ -63,7 +63,7 @@ def main(
     spec = SourceSpec(source, seed)
     opened = spec.open()
     height, width = native_size(opened.config.img_size, opened.config.patch_size)
-    plan = quality.QualityPlan(count, views, height, width, split=SPLITS[0])
+    plan = quality.QualityPlan(count, views, height, width, split=HELD_OUT[0])
     outputs = quality.EXPERTS if opened.config.moe else ()
     progress = Progress()
     report: dict[str, Any] = {
@@ -92,7 +92,7 @@ def _quality(
     """A row per split: every measure's mean, median, number of scenes and worst scene, in PyTorch float32."""
     session = Session.open(spec.source, backend="pytorch", seed=spec.seed, outputs=outputs)
     rows = []
-    for split in SPLITS:
+    for split in HELD_OUT:
         shape = {"views": plan.views, "height": plan.height, "width": plan.width}
         summary = evaluate(
             session.run,

@@ -17,6 +17,12 @@ def remedy(error: OSError) -> str | None:
     return None
 
 
+def name_place(error: OSError, path: object) -> None:
+    """Let an error that says that the disk is full name `path`: a failed write does not say of which file it is."""
+    if error.errno in FULL and error.filename is None:
+        error.filename = str(path)
+
+
 def is_not_allowed(error: OSError) -> bool:
     """Whether a right is missing or the file system is mounted read-only: the place that was given is the wrong one."""
     return error.errno in _NOT_ALLOWED

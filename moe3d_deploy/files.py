@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe3d_deploy.disk_errors import FULL
+from moe3d_deploy.disk_errors import name_place
 
 _CHUNK_BYTES = 1 << 20
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{8}(\.[^.]*)?", re.DOTALL)
@@ -54,8 +54,7 @@ def atomic_path(final: Path | str) -> Iterator[Path]:
         os.replace(temp, final)
         sync(final.parent)
     except OSError as error:
-        if error.errno in FULL and error.filename is None:  # a failed write does not say of which file
-            error.filename = str(final)
+        name_place(error, final)
         raise
     finally:
         temp.unlink(missing_ok=True)

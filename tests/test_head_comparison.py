@@ -19,11 +19,12 @@ from trainings import TINY
 
 from moe3d_deploy.benchmarks import head_comparison, head_pictures, head_training, head_work
 from moe3d_deploy.benchmarks.environment import without_paths
-from moe3d_deploy.benchmarks.head_variants import SPLITS, Plan
+from moe3d_deploy.benchmarks.head_variants import Plan
 from moe3d_deploy.benchmarks.head_work import Key, WorkFolder
 from moe3d_deploy.checkpoint import save_checkpoint, seeded_source
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
+from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.training import scene_cache
 
 PAGE = (Path(__file__).parent.parent / "docs" / "comparison.md").read_text(encoding="utf-8")
@@ -119,7 +120,7 @@ def test_the_result_has_its_documented_form(finished: Path) -> None:
     assert found["training"]["single"].keys() == {"depth", "last_fifth"}
     assert found["training"]["moe4"].keys() == {"depth", "entropy", "last_fifth"}
     assert np.shape(found["training"]["moe4"]["entropy"]) == (2, 6)  # seeds, steps
-    for split in SPLITS:
+    for split in HELD_OUT:
         quality = found["quality"][split]
         assert list(quality) == HEADS
         assert quality["moe4"]["abs_rel"].keys() == {"mean", "spread", "per_seed", "scenes"}

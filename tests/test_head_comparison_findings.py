@@ -9,7 +9,8 @@ import pytest
 from moe3d_deploy.benchmarks import head_findings
 from moe3d_deploy.benchmarks.head_report import HeadResult, comparison
 from moe3d_deploy.benchmarks.head_statistics import difference, expert_shares, last_fifth, summary, windows
-from moe3d_deploy.benchmarks.head_variants import SPLITS, Plan
+from moe3d_deploy.benchmarks.head_variants import Plan
+from moe3d_deploy.evaluation.scenes import HELD_OUT
 
 HEADS = ("single", "narrow", "wide", "moe4", "moe4-entropy")
 SEEDS, SCENES = 3, 16
@@ -38,7 +39,7 @@ def planted(change: Callable[[str, int, str], float], key: str = "boundary_f1", 
                 str(i): {**BASE, **gate, key: BASE[key] + hardness[i] + change(head, seed, split)}
                 for i in range(SCENES)
             }
-            for split in SPLITS
+            for split in HELD_OUT
         }
 
     curve = {"depth": np.linspace(1, 0.1, 100).astype(np.float32)}

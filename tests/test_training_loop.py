@@ -98,6 +98,18 @@ def test_from_scratch_other_weights_of_the_source_are_no_matter(checkpoint: Path
     assert result.step == 2
 
 
+def test_from_scratch_other_sizes_of_the_source_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Heads are cut from the same tensors, whatever their number: their shapes would not tell."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    options = short(source, steps=2)
+    run(dataclasses.replace(options, minutes=1e-6), tmp_path / "run")
+    more_heads = dataclasses.replace(TINY, camera_head=dataclasses.replace(TINY.camera_head, num_heads=4))
+    save_checkpoint(seeded_source("other", more_heads), source, overwrite=True)
+    with pytest.raises(CheckpointError, match="step-00000001 was trained from other sizes than source now holds"):
+        run(options, tmp_path / "run")
+
+
 def test_torchs_random_numbers_go_on_too(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing draws from the global stream now; a dropout would."""
     forward, drawn = scene_loss.SceneLoss.forward, []

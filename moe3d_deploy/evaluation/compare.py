@@ -14,7 +14,7 @@ from moe3d_deploy.evaluation.measures import in_order
 RELATIVE = ("abs_rel",)  # its change is a share of the reference's mean; of all others, the difference of the means
 RESAMPLES = 2000
 _SEED = 0
-_PERCENTILES = (2.5, 97.5)
+PERCENTILES = (2.5, 97.5)
 
 
 class Change(NamedTuple):
@@ -83,7 +83,7 @@ def _change(values: NDArray[np.float64], *, relative: bool) -> Change:
     draws = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
     means = values[draws].mean(axis=1)
     changes = [_difference(x, y, relative) for x, y in means.tolist()]
-    low, high = np.percentile(changes, _PERCENTILES).tolist()
+    low, high = np.percentile(changes, PERCENTILES).tolist()
     return Change(a, b, _difference(a, b, relative), low, high)
 
 

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from moe3d_deploy.metrics.scene import EXPERT_SHARE
+
 ALIGNMENT = (
     "Depth is compared after one scale per scene, median(true) / median(predicted); point clouds after a similarity "
     "and ICP; lengths are shares of the scene's mean distance."
@@ -10,8 +12,6 @@ POINT_MEASURES = (
     "accuracy_mean", "accuracy_median", "completeness_mean", "completeness_median", "normal_consistency_mean",
     "normal_consistency_median",
 )  # fmt: skip
-
-_EXPERT_SHARE = "expert_share_"
 
 
 class Measure(NamedTuple):
@@ -56,8 +56,8 @@ _MEASURES = {
 
 def measure(key: str) -> Measure:
     """The measure of a key of `scene_quality`; one that is not known is called by its key."""
-    if key.startswith(_EXPERT_SHARE):
-        return Measure(key, f"expert {key.removeprefix(_EXPERT_SHARE)} is strongest", unit="share")
+    if key.startswith(EXPERT_SHARE):
+        return Measure(key, f"expert {key.removeprefix(EXPERT_SHARE)} is strongest", unit="share")
     return _MEASURES.get(key, Measure(key, key))
 
 

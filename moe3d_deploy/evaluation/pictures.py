@@ -11,6 +11,7 @@ from moe3d_deploy.evaluation.clouds import cloud_pictures
 from moe3d_deploy.evaluation.scenes import EvaluationScene
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.metrics import align_median
+from moe3d_deploy.metrics.gate import entropy
 from moe3d_deploy.runtime.colormaps import colorize, expert_map, inverse_depth, robust_range
 from moe3d_deploy.runtime.overview import overview
 from moe3d_deploy.runtime.scene_maps import encode_png, photograph
@@ -47,7 +48,7 @@ def map_pictures(scene: EvaluationScene, prediction: Mapping[str, Array]) -> lis
             weights = prediction["expert_weights"][view]
             row["strongest expert"] = expert_map(weights)
             row["gate entropy"] = colorize(
-                _entropy(weights), lo=0.0, hi=float(np.log(len(weights))), colormap="viridis"
+                entropy(weights.astype(np.float64)), lo=0.0, hi=float(np.log(len(weights))), colormap="viridis"
             )
         rows.append(row)
     return rows
@@ -71,10 +72,3 @@ def write_pictures(scene: EvaluationScene, prediction: Mapping[str, Array], fold
     for file, draw in zip(files, sheets.values(), strict=True):
         atomic_write(file, encode_png(draw(scene, prediction), file.name))
     return files
-
-
-def _entropy(weights: Array) -> Array:
-    """(H, W) in nats, of weights (K, H, W); 0 log 0 is 0."""
-    w = weights.astype(np.float64)
-    entropy: Array = -(w * np.log(np.where(w > 0, w, 1))).sum(axis=0)
-    return entropy

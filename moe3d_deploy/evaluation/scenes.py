@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from moe3d_deploy.manifest import ShapeRanges
 from moe3d_deploy.runtime.pixels import to_floats
 
-SPLITS = ("test-seeds", "test-kinds", "train")  # of `training.scenes`, which needs torch
+HELD_OUT = ("test-seeds", "test-kinds")  # of `training.scenes`, which needs torch
+SPLITS = (*HELD_OUT, "train")
 _PORTION = 3 / 4  # height over width, as photographs have it
 
 

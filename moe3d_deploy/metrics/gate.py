@@ -39,20 +39,20 @@ def gate_statistics(weights: ArrayLike) -> GateStatistics:
             "pass the gate's softmax, K on the third axis from the end"
         )
     experts = len(w)
-    entropy = float(_entropy(w).mean())
+    mean_entropy = float(entropy(w).mean())
     largest = w == w.max(axis=0)
     share = (largest / largest.sum(axis=0)).mean(axis=1)
     mean = w.mean(axis=1)
     return GateStatistics(
-        entropy,
-        entropy / float(np.log(experts)) if experts > 1 else 0.0,
+        mean_entropy,
+        mean_entropy / float(np.log(experts)) if experts > 1 else 0.0,
         tuple(mean.tolist()),
         tuple(share.tolist()),
-        float(np.exp(_entropy(mean / mean.sum()))),
+        float(np.exp(entropy(mean / mean.sum()))),
     )
 
 
-def _entropy(weights: np.ndarray) -> np.ndarray:
+def entropy(weights: np.ndarray) -> np.ndarray:
     """-sum w log w over the first axis, with 0 log 0 = 0; never below 0, which rounding of a sum above 1 would give."""
     logs = np.log(np.where(weights > 0, weights, 1.0))
     return np.maximum(-(weights * logs).sum(axis=0), 0.0)

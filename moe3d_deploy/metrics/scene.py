@@ -22,6 +22,8 @@ from moe3d_deploy.metrics.normals import normals_from_points
 from moe3d_deploy.metrics.points import cloud_errors, fit_similarity, icp
 from moe3d_deploy.metrics.pose import auc, relative_pose_errors
 
+EXPERT_SHARE = "expert_share_"  # and the number of the expert: a key of `scene_quality`
+
 
 def scene_quality(
     prediction: Mapping[str, np.ndarray], truth: Mapping[str, np.ndarray], *, points: bool = True
@@ -73,7 +75,7 @@ def scene_quality(
     if "expert_weights" in prediction:
         gate = gate_statistics(prediction["expert_weights"])
         result["gate_entropy"] = gate.entropy
-        result |= {f"expert_share_{k}": share for k, share in enumerate(gate.argmax_share)}
+        result |= {f"{EXPERT_SHARE}{k}": share for k, share in enumerate(gate.argmax_share)}
     return {name: value for name, value in result.items() if not np.isnan(value)}
 
 

@@ -26,7 +26,6 @@ from moe3d_deploy.training.forward import frozen_levels
 from moe3d_deploy.training.options import TrainOptions
 
 _SHARE = 0.5  # of the free memory or disk that "auto" takes
-_CHECKSUM = "sha256"
 
 
 @dataclass
@@ -37,7 +36,6 @@ class FeatureCache:
     most_bytes: int
     folder: Path
     held: dict[int, list[Tensor]] = field(default_factory=dict)
-    computed: int = 0
 
     @classmethod
     def choose(cls, options: TrainOptions, config: ModelConfig, digest: str, folder: Path) -> "FeatureCache":
@@ -84,7 +82,6 @@ class FeatureCache:
         found = self.held.get(number) if self.place == "memory" else self._read(number)
         if found is None:
             found = frozen_levels(model, batch.images[index : index + 1])
-            self.computed += 1
             if self.place == "memory":
                 self.held[number] = [level.cpu() for level in found]
             elif self.place == "disk":

@@ -12,7 +12,6 @@ from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.state import remove_partial_states
 
 OPTIONS_FILE = "options.json"
-LOG_FILE = "train.jsonl"
 _LOCK_FILE = ".train.lock"
 
 
@@ -73,8 +72,9 @@ def _check_options(path: Path, options: TrainOptions) -> None:
     name = stored.first_difference(options)
     if name is None:
         return
-    there, here = (strict_json.show(o.to_dict()[name]) if not isinstance(o.to_dict()[name], list)
-                   else str(o.to_dict()[name]) for o in (stored, options))  # fmt: skip
+    there, here = (
+        str(v) if isinstance(v, list) else strict_json.show(v) for v in (o.to_dict()[name] for o in (stored, options))
+    )
     why = "; the learning rate is planned for all of them" if name == "steps" else ""
     raise InputError(
         f"{path} is a run with {name} {there}, here it is {here}{why}. Resume it as it is: moe3d train --resume -o "

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moe3d_deploy import strict_json
-from moe3d_deploy.disk_errors import FULL
+from moe3d_deploy.disk_errors import name_place
 from moe3d_deploy.errors import CheckpointError
 from moe3d_deploy.files import sha256_file, sync
 
@@ -66,8 +66,7 @@ def save_state(folder: Path, state: State) -> Path:
         os.replace(partial, final)
         sync(folder)
     except OSError as error:
-        if error.errno in FULL and error.filename is None:  # a failed write does not say of which file
-            error.filename = str(final)
+        name_place(error, final)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

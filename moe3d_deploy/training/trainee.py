@@ -22,7 +22,7 @@ from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.run_folder import RunFolder
 from moe3d_deploy.training.scene_loss import SceneLoss
 from moe3d_deploy.training.state import State, load_state, part, save_state
-from moe3d_deploy.weight_sources import model_shapes
+from moe3d_deploy.weight_sources import model_shapes, sha256_text
 
 FROM_SCRATCH_LICENCE = "trained from scratch on procedural scenes, licence not said"
 
@@ -30,7 +30,8 @@ FROM_SCRATCH_LICENCE = "trained from scratch on procedural scenes, licence not s
 class Trainee:
     def __init__(self, options: TrainOptions, source: WeightSource, device: torch.device, folder: RunFolder) -> None:
         self.options, self.source, self.folder, self.device = options, source, folder, device
-        self.digest = source.sha256()
+        # From scratch no weight is read: whatever the source comes to hold, the run stays the same while its sizes do.
+        self.digest = sha256_text(str(source.config)) if options.from_scratch else source.sha256()
         self.model = new_model(source.config, options.seed) if options.from_scratch else load_model(source)
         self.model.to(device)
         self.trained = trainable_parameters(self.model, "head" if options.train == "head" else "all")
@@ -108,9 +109,10 @@ class Trainee:
         stored = TrainOptions.from_dict(state.values["options"])
         if name := stored.first_difference(self.options):
             raise CheckpointError(f"{where} is of a run with another {name}; remove it, or choose another folder")
-        if state.values["source_sha256"] != self.digest and not self.options.from_scratch:  # then no weight is read
+        if state.values["source_sha256"] != self.digest:
+            what = "sizes" if self.options.from_scratch else "weights"
             raise CheckpointError(
-                f"{where} was trained from other weights than {self.source.name} now holds; bring those back, or start "
+                f"{where} was trained from other {what} than {self.source.name} now holds; bring those back, or start "
                 f"a new phase: moe3d train {self.folder.checkpoint} -o OTHER"
             )
         own = part(state.tensors, "model.")

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 from PIL import Image
 
-from moe3d_deploy.errors import InputError, Moe3dError
+from moe3d_deploy.cli.main import finish
+from moe3d_deploy.errors import InputError
 from moe3d_deploy.files import atomic_path
 from moe3d_deploy.training.scenes import SPLITS, SceneOptions, render_scene
 from moe3d_deploy.training.scenes.sheet import contact_sheet
@@ -73,22 +74,7 @@ def _numbers(option: str, text: str, pattern: str, example: str) -> tuple[int, i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process) and return its exit code."""
-    try:
-        return command.main(arguments, prog_name="scenes", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        return _end("interrupted; nothing was written", 130)  # 128 + SIGINT, as shells have it
-    except Moe3dError as error:
-        return _end(str(error), error.exit_code)
-    except OSError as error:
-        return _end(f"{error.filename}: {error.strerror}", 1)
-
-
-def _end(message: str, code: int) -> int:
-    click.echo(f"scenes: {message}", err=True)
-    return code
+    return finish("scenes", lambda: command, arguments)
 
 
 if __name__ == "__main__":
