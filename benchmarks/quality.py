@@ -4,14 +4,14 @@
 
 Judges SOURCE in PyTorch on both held-out splits, then exports it in every precision and judges what comes of each on
 the first split again: the file in ONNX Runtime (a bf16 file's float32 twin), and the 16-bit model in PyTorch with real
-rounding. The form of the result is in docs/evaluation.md.
+rounding. The form of the result is in docs/evaluation.md; `quality_table` and `deployment_table` make Markdown of it.
 """
 
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from moe3d_deploy.child import ChildResult, run_in_child
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import ExportError, InputError, Moe3dError, require
-from moe3d_deploy.evaluation import evaluate, native_size, rendered_scenes
+from moe3d_deploy.evaluation import Summary, evaluate, native_size, rendered_scenes
 from moe3d_deploy.evaluation.compare import Comparison
+from moe3d_deploy.evaluation.measures import ALIGNMENT, in_order, measure
 from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.export import quality
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
@@ -35,6 +36,10 @@ from moe3d_deploy.files import atomic_write
 from moe3d_deploy.runtime.session import Session
 
 FORMAT_VERSION = 1
+
+# What a shipped moe3d-tiny is to reach with 4 views, in the mean over the scenes of either split. AbsRel and delta are
+# what makes depth look like the scene, the AUC what makes clouds of several views fit together.
+BARS = {"abs_rel": 0.08, "delta1": 0.93, "auc30": 0.5}
 
 
 @click.command()
@@ -101,8 +106,20 @@ def _quality(
             on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, plan.scenes),
         ).summary()
         progress.line(split, f"AbsRel {summary['abs_rel'].mean:.4f} over {plan.scenes} scenes")
-        rows.append({"split": split, "metrics": {key: value._asdict() for key, value in summary.items()}})
+        metrics = {key: value._asdict() for key, value in summary.items()}
+        rows.append({"split": split, "metrics": metrics, "bars": bars_of(summary)})
     return rows
+
+
+def bars_of(summary: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:
+    """The bars for the measures that there are, and whether the mean reaches them."""
+    found = {}
+    for key, bar in BARS.items():
+        if key in summary:
+            mean = summary[key].mean
+            reached = mean <= bar if measure(key).better == "lower" else mean >= bar
+            found[key] = {"bar": bar, "reached": reached}
+    return found
 
 
 def _deployment(
@@ -166,6 +183,76 @@ def _row(precision: str, kind: str, comparison: Comparison) -> dict[str, Any]:
         "limits": quality.limits_of(precision),
         "within_limits": not quality.beyond(comparison, precision),
     }
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    """Every measure on both splits in Markdown, with the bars and whether each split reaches them."""
+    splits, scenes = report["quality"], report["scenes"]
+    heads = [f"{row['split']}: mean | median | worst (seed)" for row in splits]
+    lines = [
+        f"| | {' | '.join(heads)} | bar | reached |",
+        f"|---|{'---:|---:|---:|' * len(splits)}---|---|",
+    ]
+    for key in in_order({key for row in splits for key in row["metrics"]}):
+        cells = [_summary_cells(key, row["metrics"].get(key), scenes["count"]) for row in splits]
+        lines.append(f"| {measure(key).name} | {' | '.join(cells)} | {_bar_cells(key, splits)} |")
+    size = f"{scenes['views']} views of {scenes['width']}x{scenes['height']}"
+    first, last = scenes["first_seed"], scenes["first_seed"] + scenes["count"] - 1
+    model = report["model"]
+    what = f"{model['name']} ({model['origin']}, {model['parameters'] / 1e6:.1f} M parameters) in PyTorch, float32"
+    lines += ["", f"{what}; seeds {first}..{last} of each split, {size}. {ALIGNMENT}"]
+    return "\n".join(lines)
+
+
+def deployment_table(report: dict[str, Any]) -> str:
+    """What each precision changes, in Markdown: of the mean, per scene, and how much may change per scene."""
+    lines = [
+        "| precision | run in | AbsRel | per scene (limit) | boundary F1 | per scene (limit) | flying points "
+        "| strongest expert agrees | within limits |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in report["deployment"]:
+        if "failed" in row:
+            lines.append(f"| {row['precision']} | failed: {row['failed']} | | | | | | | |")
+            continue
+        changes = [_change_cells(key, row) for key in ("abs_rel", "boundary_f1")]
+        flying, agree = row["changes"]["flying"], row["experts_agree"]
+        lines.append(
+            f"| {row['precision']} | {row['label']} | {' | '.join(changes)} "
+            f"| {100 * flying['reference']:.2f} % -> {100 * flying['found']:.2f} % "
+            f"| {'' if agree is None else f'{100 * agree:.2f} %'} | {'yes' if row['within_limits'] else 'no'} |"
+        )
+    scenes = report["scenes"]
+    split = report["quality"][0]["split"]
+    lines += ["", f"Changes from PyTorch in float32 on the {scenes['count']} scenes of {split}."]
+    return "\n".join(lines)
+
+
+def _summary_cells(key: str, found: dict[str, Any] | None, count: int) -> str:
+    if found is None:
+        return "| |"
+    text = measure(key).text
+    mean = text(found["mean"]) + (f" ({found['scenes']} scenes)" if found["scenes"] < count else "")
+    worst = "" if found["worst"] is None else f"{text(found['worst_value'])} ({found['worst']})"
+    return f"{mean} | {text(found['median'])} | {worst}"
+
+
+def _bar_cells(key: str, splits: Sequence[dict[str, Any]]) -> str:
+    bars = [row["bars"].get(key) for row in splits]
+    stated = next((bar["bar"] for bar in bars if bar), None)
+    if stated is None:
+        return "|"
+    side = "at most" if measure(key).better == "lower" else "at least"
+    reached = ["not measured" if bar is None else "yes" if bar["reached"] else "no" for bar in bars]
+    return f"{side} {measure(key).text(stated)} | {', '.join(reached)}"
+
+
+def _change_cells(key: str, row: dict[str, Any]) -> str:
+    if key not in row["changes"]:
+        return "|"
+    change = row["changes"][key]
+    typical, limit = (quality.amount(key, value, sign=False) for value in (change["typical"], row["limits"][key]))
+    return f"{quality.amount(key, change['change'])} | {typical} ({limit})"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m moe3d_deploy.benchmarks.tables           rewrite them
     python -m moe3d_deploy.benchmarks.tables --check   fail if one differs from its results
 
-A marker pair reads `<!-- table: export_costs results/export_cpu.json -->` and `<!-- end table -->`. Needs a checkout.
+A marker pair reads `<!-- table: export_costs results/export_cpu.json -->` and `<!-- end table -->`; the file is named
+from here. Needs a checkout.
 """
 
 import json
@@ -15,13 +16,13 @@ from typing import Any
 
 import click
 
-from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants
+from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants, quality
 from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-_BLOCK = re.compile(r"(<!-- table: (\w+) (results/[\w.-]+\.json) -->\n).*?(<!-- end table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (\w+) ([\w./-]+\.json) -->\n).*?(<!-- end table -->)", re.DOTALL)
 _PACKAGES_SHOWN = ("torch", "onnx", "onnxruntime", "tensorrt_rtx")
 
 
@@ -98,6 +99,8 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "survival_fuzz": survival_fuzz,
     "activation_memory": lambda report: f"{activation_memory.table(report)}\n\n{_machine(report)}",
     "coverage": lambda report: f"{coverage_report.table(report)}\n\n{_machine(report)}",
+    "model_quality": lambda report: f"{quality.quality_table(report)}\n\n{_machine(report)}",
+    "model_deployment": lambda report: f"{quality.deployment_table(report)}\n\n{_machine(report)}",
     "mutation": lambda report: f"{mutants.table(report)}\n\n{_machine(report)}",
     "equivalents": mutants.equivalents_table,
 }

@@ -120,16 +120,16 @@ def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 
 def limits_of(precision: str) -> dict[str, float]:
-    """The largest change of each measure that has a limit: relative for abs_rel, absolute for others."""
+    """The largest typical change of each measure that has a limit: relative for abs_rel, absolute for others."""
     table = json.loads(resources.files("moe3d_deploy.export").joinpath("limits.json").read_text(encoding="utf-8"))
     limits: dict[str, float] = table["quality"][precision.partition("-")[0]]
     return limits
 
 
 def beyond(comparison: Comparison, precision: str) -> dict[str, float]:
-    """The limits that a comparison does not keep."""
+    """The limits that a comparison does not keep. They are on the typical change, in which opposites do not cancel."""
     limits = {key: limit for key, limit in limits_of(precision).items() if key in comparison.changes}
-    return {key: limit for key, limit in limits.items() if not abs(comparison.changes[key].change) <= limit}
+    return {key: limit for key, limit in limits.items() if not comparison.changes[key].typical <= limit}
 
 
 def quality_report(plan: QualityPlan, comparisons: Mapping[str, Comparison], precision: str) -> dict[str, Any]:
@@ -147,18 +147,19 @@ def quality_report(plan: QualityPlan, comparisons: Mapping[str, Comparison], pre
 
 
 def require_quality(comparisons: Mapping[str, Comparison], precision: str, *, origin: str, licence: str) -> None:
-    """Raise ExportError for the first stage whose change is beyond a limit, better or worse: it sees something else.
+    """Raise ExportError for the first stage whose scenes change beyond a limit, to better or worse: it sees otherwise.
 
-    The change itself counts, whatever its interval: a change that more scenes might take back is no proof of quality.
-    The message tells the interval, so that it is known when more scenes are worth while.
+    The mean size of a scene's change counts. The message tells the change of the mean and its interval as well: both
+    small, and scenes change in either direction; both large, and all are shifted.
     """
     for kind, comparison in comparisons.items():
         for key, limit in beyond(comparison, precision).items():
             change = comparison.changes[key]
             raise ExportError(
-                f"quality check failed: {LABELS[kind]} changes {_NAMES[key]} by {_amount(key, change.change)} on "
-                f"{comparison.scenes} scenes{_interval(key, change)}, the limit is {_amount(key, limit, sign=False)}; "
-                f"nothing was written. {_remedy(precision, change, limit)} (weights: {_weights(origin, licence)})"
+                f"quality check failed: {LABELS[kind]} changes {_NAMES[key]} by "
+                f"{amount(key, change.typical, sign=False)} per scene, on {comparison.scenes} scenes"
+                f"{_of_mean(key, change)}, the limit is {amount(key, limit, sign=False)}; nothing was written. "
+                f"{_remedy(precision, comparison.scenes)} (weights: {_weights(origin, licence)})"
             )
 
 
@@ -182,13 +183,20 @@ def judge_deployed(
     return {kind: compare(before, _judged(kind, plan, request, run)) for kind in kinds}
 
 
+def amount(key: str, change: float, *, sign: bool = True) -> str:
+    """A change as people read it: of AbsRel a percentage, of other measures a difference."""
+    form = "+" if sign else ""
+    return f"{100 * change:{form}.2g} %" if key == "abs_rel" else f"{change:{form}.2g}"
+
+
 def quality_lines(report: Mapping[str, Any]) -> list[str]:
     """A line per stage of a report: what was, what is, and by how much that differs."""
     lines = []
     for kind, run in report["runs"].items():
         changes = {key: Change(**change) for key, change in run["changes"].items()}
         depth = changes["abs_rel"]
-        parts = [f"AbsRel {depth.reference:.4f} -> {depth.found:.4f} ({_amount('abs_rel', depth.change)})"]
+        amounts = f"{amount('abs_rel', depth.change)}, per scene {amount('abs_rel', depth.typical, sign=False)}"
+        parts = [f"AbsRel {depth.reference:.4f} -> {depth.found:.4f} ({amounts})"]
         if edges := changes.get("boundary_f1"):
             parts.append(f"boundary F1 {edges.reference:.4f} -> {edges.found:.4f}")
         flying = changes["flying"]
@@ -253,23 +261,20 @@ def _read_scene(request: dict[str, Any], seed: int) -> EvaluationScene:
     return EvaluationScene(str(seed), arrays.pop("images"), arrays)
 
 
-def _amount(key: str, change: float, *, sign: bool = True) -> str:
-    form = "+" if sign else ""
-    return f"{100 * change:{form}.2g} %" if key == "abs_rel" else f"{change:{form}.2g}"
-
-
-def _interval(key: str, change: Change) -> str:
+def _of_mean(key: str, change: Change) -> str:
     if change.low is None or change.high is None:
         return ""
-    return f" (95 % interval {_amount(key, change.low)} to {_amount(key, change.high)})"
+    interval = f"{amount(key, change.low)} to {amount(key, change.high)}"
+    return f" (the mean of all by {amount(key, change.change)}, 95 % interval {interval})"
 
 
-def _remedy(precision: str, change: Change, limit: float) -> str:
+def _remedy(precision: str, scenes: int) -> str:
     if precision == "fp32":
         return "A wrong graph: please report it with the model"
     more_exact = f"Try --precision {MORE_EXACT[precision]}"
-    unsure = change.low is None or change.high is None or (change.low <= limit and change.high >= -limit)
-    return more_exact + ("; so few scenes do not settle it, more may: --verify-quality 64" if unsure else "")
+    return more_exact + (
+        f"; so few scenes do not settle it, more do: --verify-quality {SCENES}" if scenes < SCENES else ""
+    )
 
 
 def _weights(origin: str, licence: str) -> str:

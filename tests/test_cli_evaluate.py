@@ -96,9 +96,24 @@ def test_own_scenes_and_their_pictures(data: Path, tmp_path: Path, capsys: Captu
     assert run(exports.checkpoint(), "--data", data, "--pictures", drawn) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "small: 2 scenes of my scenes, size 42"
-    assert sorted(path.name for path in drawn.iterdir()) == [
-        "desk_maps.png", "desk_points.png", "hall_maps.png", "hall_points.png",
+    assert sorted(str(path.relative_to(drawn)) for path in drawn.glob("*/*")) == [
+        "size_42/desk_maps.png", "size_42/desk_points.png", "size_42/hall_maps.png", "size_42/hall_points.png",
     ]  # fmt: skip
+
+
+def test_pictures_of_every_size_and_split_stay(data: Path, tmp_path: Path) -> None:
+    drawn = tmp_path / "drawn"
+    sizes = ["--count", "1", "--views", "1", "--size", "42x28", "--size", "28x28"]
+    assert run(exports.checkpoint(), *sizes, "--pictures", drawn) == 0
+    assert run(exports.checkpoint(), *sizes[:-2], "--scenes", "test-kinds", "--photographs", "--pictures", drawn) == 0
+    assert run(exports.checkpoint(), "--data", data, "--size", "28", "--size", "42", "--pictures", drawn) == 0
+    assert sorted(path.name for path in drawn.iterdir()) == [
+        "size_28", "size_42", "test-kinds_1_views_42x28_photographs", "test-seeds_1_views_28x28",
+        "test-seeds_1_views_42x28",
+    ]  # fmt: skip
+    pictures = [path for folder in drawn.glob("test-*") for path in folder.iterdir()]
+    assert {path.name for path in pictures} == {"0_maps.png", "0_points.png"}
+    assert len({path.read_bytes() for path in pictures}) == 6
 
 
 def test_own_scenes_in_json_by_size(data: Path, capsys: Capture) -> None:
@@ -153,6 +168,12 @@ def without_a_scene(data: Path) -> None:
         shutil.rmtree(data / name)
 
 
+def with_a_mirrored_camera(data: Path) -> None:
+    with np.load(data / "hall" / "truth.npz") as file:
+        mirrored = np.tile(np.diag([-1.0, 1, 1, 1])[:3], (3, 1, 1))
+        np.savez(data / "hall" / "truth.npz", **{**file, "extrinsics": mirrored})
+
+
 def without_a_photograph(data: Path) -> None:
     (data / "hall" / "view_1.png").unlink()
 
@@ -165,6 +186,8 @@ def without_a_photograph(data: Path) -> None:
         (with_a_shape_too_few, '/hall/truth.npz": depth is float64 (84, 112); expected numbers (S, H, W)'),
         (without_a_valid_pixel, '/hall/truth.npz": no pixel has a true depth above 0; there is nothing to compare '
          "with"),
+        (with_a_mirrored_camera, '/hall/truth.npz": extrinsics of view 0 hold no rotation; pass [R | t] with '
+         "R R^T = 1 and det R = 1"),
         (without_a_scene, '" holds no scene; expected a folder per scene, with its photographs and truth.npz '
          "(docs/evaluation.md)"),
         (without_a_photograph, '/hall/truth.npz": depth has 3 views beside 2 photographs; pass one for each'),

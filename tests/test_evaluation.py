@@ -78,16 +78,16 @@ def test_the_summary_by_hand() -> None:
     evaluation = of({"abs_rel": 0.1, "auc30": 0.9}, {"abs_rel": 0.4, "auc30": 0.2}, {"abs_rel": 0.1})
     summary = evaluation.summary()
     assert list(summary) == ["abs_rel", "auc30"]
-    assert summary["abs_rel"] == (pytest.approx(0.2), 0.1, 3, "1")
-    assert summary["auc30"] == (pytest.approx(0.55), pytest.approx(0.55), 2, "1")  # scene 2 has none
+    assert summary["abs_rel"] == (pytest.approx(0.2), 0.1, 3, "1", 0.4)
+    assert summary["auc30"] == (pytest.approx(0.55), pytest.approx(0.55), 2, "1", 0.2)  # scene 2 has none
 
 
 def test_the_worst_is_the_largest_error_or_the_smallest_score_or_nobody() -> None:
     evaluation = of(
         {"flying": 0.1, "boundary_f1": 0.1, "gate_entropy": 1.0}, {"flying": 0.3, "boundary_f1": 0.4, "gate_entropy": 0}
     )
-    assert {key: summary.worst for key, summary in evaluation.summary().items()} == {
-        "boundary_f1": "0", "flying": "1", "gate_entropy": None,
+    assert {key: summary[3:] for key, summary in evaluation.summary().items()} == {
+        "boundary_f1": ("0", 0.1), "flying": ("1", 0.3), "gate_entropy": (None, None),
     }  # fmt: skip
 
 
@@ -134,8 +134,30 @@ def test_one_scene_is_in_memory_at_a_time() -> None:
         ),
         ({"depth": np.zeros((2, 28, 42))}, "the predicted depth is not finite and above 0 at 2352 of 2352 pixels"),
         ({"depth": np.ones((2, 28, 28))}, r"the model gives depth \(2, 28, 28\) for a truth of \(2, 28, 42\)"),
-        ({"extrinsics": np.full((2, 3, 4), np.inf)}, "the predicted cameras are not finite"),
-        ({"intrinsics": np.full((2, 3, 3), np.nan)}, "the predicted cameras are not finite"),
+        (
+            {"extrinsics": np.full((2, 3, 4), np.inf)},
+            "the prediction cannot be judged: predicted extrinsics hold 24 values that are NaN or infinite of 24",
+        ),
+        (
+            {"extrinsics": np.ones((2, 3, 4))},
+            "the prediction cannot be judged: predicted extrinsics of view 0 hold no rotation",
+        ),
+        (
+            {"extrinsics": np.eye(3, 4)[None]},
+            "the prediction cannot be judged: there are predicted extrinsics of 1 views and depth of 2",
+        ),
+        (
+            {"intrinsics": np.full((2, 3, 3), np.nan)},
+            "the prediction cannot be judged: predicted intrinsics hold NaN or a focal length that is not above 0",
+        ),
+        (
+            {"intrinsics": np.tile(np.diag([-30.0, -30, 1]), (2, 1, 1))},  # of a field of view beyond half a turn
+            "the prediction cannot be judged: predicted intrinsics hold NaN or a focal length that is not above 0",
+        ),
+        (
+            {"expert_weights": np.full((2, 3, 28, 42), np.nan)},
+            "the prediction cannot be judged: expert weights are negative, NaN or not of sum 1 at 2352 of 2352 pixels",
+        ),
     ],
 )
 def test_a_prediction_that_cannot_be_judged_is_a_failure_of_its_scene(change: dict[str, Any], message: str) -> None:
@@ -181,6 +203,16 @@ def test_changes_by_hand() -> None:
     assert changes["abs_rel"][:3] == pytest.approx((0.2, 0.22, 0.1))
     assert changes["boundary_f1"][:3] == pytest.approx((0.6, 0.55, -0.05))
     assert changes["flying"][:3] == pytest.approx((0.01, 0.005, -0.005))
+    assert changes["abs_rel"].typical == pytest.approx((0.04 + 0) / 2 / 0.2)
+    assert changes["boundary_f1"].typical == pytest.approx(0.05)
+
+
+def test_changes_to_either_side_cancel_in_the_mean_and_not_in_the_typical_one() -> None:
+    """5 % of 0.1 more in half of the scenes, 5 % of 0.1 less in the others."""
+    found = compare(of_key("abs_rel", [0.1] * 4), of_key("abs_rel", [0.105, 0.095, 0.105, 0.095]))
+    assert found.changes["abs_rel"].change == pytest.approx(0)
+    assert found.changes["abs_rel"].typical == pytest.approx(0.05)
+    assert found.to_dict()["changes"]["abs_rel"]["typical"] == pytest.approx(0.05)
 
 
 def test_a_measure_counts_on_scenes_where_both_have_it() -> None:
@@ -212,12 +244,13 @@ def test_equal_evaluations_have_equal_intervals_and_one_scene_has_none() -> None
     before, after = of_key("abs_rel", [0.1, 0.2, 0.5]), of_key("abs_rel", [0.1, 0.3, 0.4])
     assert compare(before, after) == compare(before, after)
     alone = compare(of_key("abs_rel", [0.1]), of_key("abs_rel", [0.2])).changes["abs_rel"]
-    assert alone == (0.1, 0.2, pytest.approx(1.0), None, None)
+    assert alone == (0.1, 0.2, pytest.approx(1.0), None, None, pytest.approx(1.0))
 
 
 def test_a_perfect_reference_has_no_share() -> None:
-    assert compare(of_key("abs_rel", [0.0]), of_key("abs_rel", [0.0])).changes["abs_rel"].change == 0
-    assert compare(of_key("abs_rel", [0.0]), of_key("abs_rel", [0.1])).changes["abs_rel"].change == math.inf
+    for found, expected in ((0.0, 0.0), (0.1, math.inf)):
+        change = compare(of_key("abs_rel", [0.0]), of_key("abs_rel", [found])).changes["abs_rel"]
+        assert (change.change, change.typical) == (expected, expected)
 
 
 def test_experts_agree_over_all_pixels_of_scenes_where_both_tell_them() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ from judged_scenes import write_scene
 from PIL import Image
 
 from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.errors import InputError
+from moe3d_deploy.errors import InputError, Moe3dWarning
 from moe3d_deploy.evaluation.folder import find_scenes, folder_scenes, read_truth, to_network
 from moe3d_deploy.geometry import project
 from moe3d_deploy.manifest import Preprocessing
@@ -128,8 +129,9 @@ def rewritten(path: Path, **changes: Any) -> None:
 
 
 def refusal(folder: Path) -> str:
+    """Before any scene is loaded."""
     with pytest.raises(InputError) as caught:
-        list(folder_scenes(find_scenes(folder), CROP))
+        find_scenes(folder)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -150,19 +152,55 @@ BAD_TRUTH: list[tuple[dict[str, Any], str]] = [
     ({"depth": ONES * np.nan}, ": depth holds NaN or infinite values; mark a depth that is not known by 0"),
     ({"depth": -ONES}, ": depth is below 0 somewhere; mark a depth that is not known by 0"),
     ({"depth": 0 * ONES}, ": no pixel has a true depth above 0; there is nothing to compare with"),
+    ({"extrinsics": np.ones((2, 3, 4))}, ": extrinsics of view 0 hold no rotation; pass [R | t] with R R^T = 1 and "),
+    (
+        {"intrinsics": np.stack([np.diag([90.0, 90, 1]), np.diag([90.0, 0, 1])])},
+        ": intrinsics hold NaN or a focal length that is not above 0; pass focal lengths in pixels",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_TRUTH)
 def test_a_wrong_truth_is_named_with_its_file(changes: dict[str, Any], message: str, data: Path) -> None:
-    truth = data / "desk" / "truth.npz"
+    shutil.copytree(data / "desk", data / "last")
+    truth = data / "last" / "truth.npz"
     rewritten(truth, **changes)
     assert refusal(data).startswith(f'"{truth}"{" " * (message[0] != ":")}{message}')
 
 
 def test_a_truth_of_other_proportions_is_named_with_its_photograph(data: Path) -> None:
     rewritten(data / "desk" / "truth.npz", depth=ONES[:, :, :84])
-    assert refusal(data) == ("view_0.png is 112x84, and its truth 84x84 has other proportions; crop them alike")
+    assert refusal(data) == (
+        f'image "{data}/desk/view_0.png" is 112x84, and its truth 84x84 has other proportions; crop them alike'
+    )
+
+
+def test_proportions_are_those_of_the_photograph_turned_upright(data: Path) -> None:
+    """EXIF orientation 6: stored 112x84, seen 84x112."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for path in (data / "desk").glob("*.png"):
+        Image.open(path).save(path, exif=exif)
+    assert f'image "{data}/desk/view_0.png" is 84x112, and its truth 112x84 has other proportions' in refusal(data)
+    rewritten(data / "desk" / "truth.npz", depth=np.ones((2, 112, 84)))
+    assert len(find_scenes(data)) == 2
+
+
+def test_a_damaged_photograph_of_the_last_scene_is_told_at_once(data: Path) -> None:
+    path = data / "hall" / "view_2.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    assert refusal(data).startswith(f'image "{path}" cannot be decoded (')
+
+
+def test_photographs_are_warned_of_once(data: Path) -> None:
+    """They are read to be checked, and again to be used."""
+    frames = [Image.new("RGB", (112, 84), colour) for colour in ("red", "blue")]
+    frames[0].save(data / "desk" / "view_0.png", save_all=True, append_images=frames[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scenes = find_scenes(data)
+    with pytest.warns(Moe3dWarning, match="has several frames or pages"):
+        scenes[0].load(CROP)
 
 
 def test_a_truth_on_rows_that_are_cropped_away_is_none(tmp_path: Path) -> None:
@@ -171,9 +209,9 @@ def test_a_truth_on_rows_that_are_cropped_away_is_none(tmp_path: Path) -> None:
     depth = np.zeros((2, 168, 56), np.float32)
     depth[:, 0] = 1
     rewritten(tmp_path / "tall" / "truth.npz", depth=depth)
-    assert refusal(tmp_path / "tall") == (
-        f'"{tmp_path / "tall"}": no pixel of its truth.npz that the model sees has a true depth'
-    )
+    with pytest.raises(InputError) as caught:
+        next(folder_scenes(find_scenes(tmp_path / "tall"), CROP))
+    assert str(caught.value) == f'"{tmp_path / "tall"}": no pixel of its truth.npz that the model sees has a true depth'
 
 
 def no_truth(data: Path) -> None:

@@ -1,7 +1,6 @@
-"""`--verify-quality`: an exported file on rendered scenes beside PyTorch; what is recorded, and what is too much."""
+"""`--verify-quality`: an exported file on rendered scenes beside PyTorch: what is recorded, what a failure leaves."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import variants
 from exports import MOE
-from manifests import example_manifest
 from numpy.typing import NDArray
 
 from moe3d_deploy import errors
@@ -24,18 +22,16 @@ from moe3d_deploy.cli.export import _export
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import ExportError, InputError, Moe3dError
 from moe3d_deploy.evaluation import Comparison
-from moe3d_deploy.evaluation.compare import Change
 from moe3d_deploy.export import pipeline, quality
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
-from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
+from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.quality import QualityPlan
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
-from moe3d_deploy.manifest import FileEntry, Manifest
+from moe3d_deploy.shipped_weights import FOLDER
 
 PLAN = QualityPlan(scenes=2, views=2, height=28, width=42)
 SEEDED = {"origin": "preset:moe3d-tiny seed 0", "licence": "seeded random weights, no licence"}
-FILES = {"model.onnx": FileEntry(1, "0" * 64)}
 TRAINED = {"origin": "my-moe3d", "licence": "CC-BY-4.0"}
 
 
@@ -78,12 +74,22 @@ def test_a_file_and_its_rounding_are_within_the_limits_of_fp16(tmp_path: Path) -
     for kind, comparison in found.items():
         change = comparison.changes["abs_rel"]
         assert comparison.scenes == 2
-        assert 0 < abs(change.change) < 1e-3, kind  # its weights are rounded: not the same, nor far off
+        assert 0 < change.typical < 1e-3, kind  # its weights are rounded: not the same, nor far off
         assert change.low is not None
         assert change.low <= change.change <= (change.high or math.inf)
     assert found["executed"].experts_agree is None  # the file gives no weights
     assert 0.98 < (found["rounded"].experts_agree or 0) <= 1
     assert found["rounded"].changes["abs_rel"].reference == found["executed"].changes["abs_rel"].reference
+
+
+@pytest.mark.skipif(not any(FOLDER.glob("moe3d-tiny.*")), reason="no trained weights are shipped yet")
+def test_the_trained_weights_survive_rounding_to_fp16(tmp_path: Path) -> None:
+    """Their AbsRel is small enough to tell a fault; that of seeded weights hardly moves."""
+    plan = QualityPlan(scenes=1, views=2, height=84, width=112)
+    source = asdict(SourceSpec("moe3d-tiny"))
+    found = judged(("rounded",), request_for(tmp_path, tmp_path / "none", "fp16", plan, source=source), plan)
+    assert found["rounded"].changes["abs_rel"].reference < 0.3
+    quality.require_quality(found, "fp16", **TRAINED)
 
 
 @pytest.mark.full
@@ -165,78 +171,6 @@ def test_views_that_no_scene_has_are_refused() -> None:
         QualityPlan.of(MOE, StaticShape(None, 9, None, None))
 
 
-# ---- limits
-
-
-def comparison(scenes: int = 16, **changes: tuple[float, float, float]) -> Comparison:
-    """Changes of measures with their intervals; AbsRel 0.08 before."""
-    found = {key: Change(0.08, 0.08 * (1 + change), change, low, high) for key, (change, low, high) in changes.items()}
-    return Comparison(scenes, found, None)
-
-
-def failure(precision: str, kind: str = "executed", weights: dict[str, str] = TRAINED, **changes: Any) -> str:
-    with pytest.raises(ExportError) as caught:
-        quality.require_quality({kind: comparison(**changes)}, precision, **weights)
-    assert caught.value.exit_code == 1
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(("base", "abs_rel"), [("fp32", 1e-4), ("fp16", 1e-3), ("bf16", 5e-3)])
-def test_the_limits_are_those_that_were_set(base: str, abs_rel: float) -> None:
-    """Not to be loosened: 0.01 %, 0.1 % and 0.5 % of AbsRel, 0.002 of boundary F1."""
-    for precision in PRECISIONS:
-        if precision.partition("-")[0] == base:
-            assert quality.limits_of(precision) == {"abs_rel": abs_rel, "boundary_f1": 2e-3}
-    within = {"abs_rel": (0.99 * abs_rel, 0, 1), "boundary_f1": (-1.99e-3, -1, 0)}
-    quality.require_quality({"executed": comparison(**within)}, base, **TRAINED)
-    assert "AbsRel" in failure(base, abs_rel=(1.01 * abs_rel, 0, 1))
-    assert "boundary F1" in failure(base, abs_rel=(0, 0, 0), boundary_f1=(-2.01e-3, -1, 0))
-
-
-def test_the_message_names_change_interval_limit_remedy_and_weights() -> None:
-    assert failure("fp16", "rounded", abs_rel=(0.0031, 0.0021, 0.0042)) == (
-        "quality check failed: 16-bit PyTorch changes AbsRel by +0.31 % on 16 scenes (95 % interval +0.21 % to "
-        "+0.42 %), the limit is 0.1 %; nothing was written. Try --precision fp16-fp32heads or fp32 (weights: my-moe3d)"
-    )
-    assert failure("fp32", abs_rel=(0.0031, 0.0021, 0.0042)).endswith(
-        "A wrong graph: please report it with the model (weights: my-moe3d)"
-    )
-    assert failure("bf16", abs_rel=(0, 0, 0), boundary_f1=(-0.004, -0.005, -0.003)) == (
-        "quality check failed: ONNX Runtime changes boundary F1 by -0.004 on 16 scenes (95 % interval -0.005 to "
-        "-0.003), the limit is 0.002; nothing was written. Try --precision fp16 or fp32 (weights: my-moe3d)"
-    )
-
-
-def test_a_better_figure_beyond_the_limit_fails_too() -> None:
-    """The file would see something else than the model."""
-    assert "changes AbsRel by -0.2 %" in failure("fp16", abs_rel=(-0.002, -0.003, -0.001))
-
-
-def test_an_interval_that_reaches_the_limit_passes_no_change_but_asks_for_more_scenes() -> None:
-    unsure = "Try --precision fp16-fp32heads or fp32; so few scenes do not settle it, more may: --verify-quality 64"
-    assert unsure in failure("fp16", abs_rel=(0.002, -0.001, 0.005))
-    assert unsure in failure("fp16", abs_rel=(-0.002, -0.004, -0.0005))
-    single = Comparison(1, {"abs_rel": Change(0.08, 0.081, 0.0125, None, None)}, None)
-    with pytest.raises(ExportError, match=r"by \+1.2 % on 1 scenes, the limit is 0.1 %.* more may"):
-        quality.require_quality({"executed": single}, "fp16", **TRAINED)
-
-
-@pytest.mark.parametrize("change", [math.inf, math.nan])
-def test_what_is_no_number_is_within_no_limit(change: float) -> None:
-    failure("fp16", abs_rel=(change, change, change))
-
-
-def test_of_seeded_weights_the_message_says_that_they_are_noise() -> None:
-    assert failure("fp16", weights=SEEDED, abs_rel=(0.01, 0.009, 0.011)).endswith(
-        " (weights: preset:moe3d-tiny seed 0, seeded random ones, whose quality is that of noise and says nothing of "
-        "trained weights)"
-    )
-
-
-def test_scenes_without_an_edge_have_no_boundary_to_lose() -> None:
-    quality.require_quality({"executed": comparison(abs_rel=(0, 0, 0))}, "fp16", **TRAINED)
-
-
 # ---- the whole export
 
 
@@ -278,7 +212,7 @@ def test_the_manifest_records_all_of_it_and_the_command_says_it_in_lines(
     assert sorted(recorded["runs"]) == ["executed", "rounded"]
     changes = recorded["runs"]["rounded"]["changes"]
     assert {"abs_rel", "delta1", "flying", "rotation_deg", "gate_entropy"} < set(changes)
-    assert set(changes["abs_rel"]) == {"reference", "found", "change", "low", "high"}
+    assert set(changes["abs_rel"]) == {"reference", "found", "change", "low", "high", "typical"}
     assert changes["abs_rel"]["low"] is None  # of one scene
     assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == [
         "manifest.json", "model.onnx", "model.onnx.data",
@@ -346,20 +280,3 @@ def test_scipy_is_asked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(errors.MissingExtraError, match=r"scipy is not installed: pip install 'moe3d-deploy\[train\]'"):
         export(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- the manifest
-
-
-def test_a_manifest_without_the_report_is_read_and_written_as_ever() -> None:
-    """As older readers know it: the key is absent where there is nothing to tell."""
-    text = dataclasses.replace(example_manifest(), files=FILES).to_json()
-    assert "quality" not in json.loads(text)["verification"]
-    assert Manifest.from_json(text).verification.quality == {}
-
-
-def test_a_report_comes_back_as_it_was_written() -> None:
-    report = quality.quality_report(PLAN, {"executed": comparison(abs_rel=(0.0, -1e-5, 1e-5))}, "fp16")
-    verification = dataclasses.replace(example_manifest().verification, quality=report)
-    manifest = dataclasses.replace(example_manifest(), verification=verification, files=FILES)
-    assert Manifest.from_json(manifest.to_json()) == manifest

@@ -17,6 +17,11 @@ def square(near: float = 1.0, far: float = 2.0, left: int = 8) -> np.ndarray:
     return depth
 
 
+def upright(height: int = 4, width: int = 10) -> np.ndarray:
+    """One step along the rows, from 1 to 3: edges of a single kind, one in each row."""
+    return np.where(np.arange(width) < width // 2, 1.0, 3.0)[None].repeat(height, axis=0)
+
+
 def blurred(depth: np.ndarray, times: int) -> np.ndarray:
     """Along rows and columns with (1, 2, 1) / 4, `times` times; the border is repeated."""
     for _ in range(times):
@@ -32,7 +37,7 @@ def reference(pred: np.ndarray, true: np.ndarray, valid: np.ndarray) -> tuple[fl
     height, width = pred.shape
     sums, weights = np.zeros(3), 0.0
     for t in np.linspace(1.05, 1.25, 10):
-        precisions, recalls = [], []
+        counts = []
         for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0)):
             both = ours = theirs = 0
             for y in range(height):
@@ -43,11 +48,12 @@ def reference(pred: np.ndarray, true: np.ndarray, valid: np.ndarray) -> tuple[fl
                         continue
                     a, b = (d[y + dy, x + dx] / d[y, x] > t for d in (pred, true))
                     both, ours, theirs = both + (a and b), ours + a, theirs + b
-            if ours + theirs:
-                precisions.append(both / ours if ours else 0.0)
-                recalls.append(both / theirs if theirs else 0.0)
-        if precisions:
-            p, r = np.mean(precisions), np.mean(recalls)
+            counts.append((both, ours, theirs))
+        judged = [kind for kind in counts if kind[2]]
+        if judged:
+            stray = sum(ours for _, ours, theirs in counts if not theirs) / len(judged)
+            p = np.mean([both / (ours + stray) if ours + stray else 0.0 for both, ours, _ in judged])
+            r = np.mean([both / theirs for both, _, theirs in judged])
             sums += t * np.array([2 * p * r / (p + r) if p + r else 0, p, r])
             weights += t
     return tuple((sums / weights).tolist()) if weights else (np.nan,) * 3
@@ -78,19 +84,54 @@ def test_maps_full_of_edges_score_as_in_the_public_evaluation(seed: int) -> None
 
 
 def test_one_kind_of_edge_is_where_the_public_evaluation_differs() -> None:
-    step = np.where(np.arange(10) < 5, 1.0, 3.0)[None].repeat(4, axis=0)
-    assert published(step, step) == pytest.approx(0.25)
+    assert published(upright(), upright()) == pytest.approx(0.25)
 
 
 def test_a_perfect_map_scores_one_at_any_scale_even_with_one_kind_of_edge() -> None:
     assert boundary_f1(square() * 7, square()) == pytest.approx((1, 1, 1))
-    step = np.where(np.arange(10) < 5, 1.0, 3.0)[None].repeat(4, axis=0)
-    assert boundary_f1(step / 3, step) == pytest.approx((1, 1, 1))
+    assert boundary_f1(upright() / 3, upright()) == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.parametrize(("nearer", "counted"), [(1.06, 1), (10.0, 10)])
+def test_one_wrong_pixel_costs_what_one_pixel_is_worth(nearer: float, counted: int) -> None:
+    """An upright step of 30 rows has 30 edges of one kind; a pixel off the step has a false edge towards each side.
+
+    At the thresholds below `nearer` (the first of 1.05, 1.0722, ..., or all ten) precision is 30 / 34, recall 1 and
+    F1 60 / 64; at the others nothing changes. The kinds that the truth lacks count, but bring no score of their own.
+    """
+    true = upright(30, 40)
+    pred = true.copy()
+    pred[10, 30] /= nearer
+    share = THRESHOLDS[:counted].sum() / THRESHOLDS.sum()
+    score = boundary_f1(pred, true)
+    assert score.f1 == pytest.approx(1 - share * 4 / 64)
+    assert score.precision == pytest.approx(1 - share * 4 / 34)
+    assert score.recall == pytest.approx(1)
+
+
+def test_a_kind_of_edge_is_judged_because_the_truth_has_it() -> None:
+    """A box that a flat wall in the prediction hides above: three kinds found, the fourth predicted nowhere."""
+    pred = square()
+    pred[:8, 8:18] = 1  # the box goes up to the rim of the picture
+    # recall: left, right and lower sides; precision of left and right: 10 of 18
+    expected = np.array([(1 + 10 / 18 + 10 / 18) / 4, 3 / 4])
+    score = boundary_f1(pred, square())
+    assert (score.precision, score.recall) == pytest.approx(tuple(expected))
+
+
+def test_false_edges_of_kinds_that_the_truth_lacks_are_shared_by_those_it_has() -> None:
+    """A beam from rim to rim, 5 edges above it and 5 below; the prediction has 3 of each, and 10 at either side."""
+    true = np.full((26, 26), 2.0)[:, :5]
+    true[8:18] = 1
+    pred = true.copy()
+    pred[8:18, 0] = pred[8:18, 4] = 2
+    # upper and lower: 3 of the true 5, predicted 3 and half of the 20 at the sides
+    assert boundary_f1(pred, true)[1:] == pytest.approx((3 / 13, 3 / 5))
 
 
 def test_a_shifted_edge_is_no_edge_in_its_place() -> None:
     """A step moved by one pixel: no pair of it agrees, there is no tolerance in position."""
-    step = np.where(np.arange(10) < 5, 1.0, 3.0)[None].repeat(4, axis=0)
+    step = upright()
     assert boundary_f1(np.roll(step, 1, axis=1)[:, 1:], step[:, 1:]) == (0, 0, 0)
 
 
@@ -108,10 +149,10 @@ def test_a_ratio_counts_at_the_thresholds_below_it() -> None:
     assert boundary_f1(square(far=1.15), square()) == pytest.approx((expected,) * 3)
 
 
-def test_a_threshold_at_which_neither_map_has_an_edge_does_not_count() -> None:
+def test_a_threshold_at_which_the_truth_has_no_edge_does_not_count() -> None:
     assert boundary_f1(square(far=1.15), square(far=1.15)) == pytest.approx((1, 1, 1))
+    assert boundary_f1(square(far=3), square(far=1.15)) == pytest.approx((1, 1, 1))
     assert boundary_f1(np.full((26, 26), 2.0), square(far=1.15)) == (0, 0, 0)
-    assert boundary_f1(square(far=1.15), np.full((26, 26), 2.0)) == (0, 0, 0)
 
 
 def test_inverted_depth_scores_nothing() -> None:
@@ -119,8 +160,10 @@ def test_inverted_depth_scores_nothing() -> None:
     assert boundary_f1(1 / square(), square()).f1 == 0
 
 
-def test_maps_without_edges_leave_nothing_to_judge() -> None:
-    assert np.isnan(boundary_f1(np.ones((4, 5)), np.full((4, 5), 3.0))).all()
+def test_a_truth_without_edges_leaves_nothing_to_judge_whatever_is_predicted() -> None:
+    flat = np.full((26, 26), 3.0)
+    assert np.isnan(boundary_f1(np.ones((26, 26)), flat)).all()
+    assert np.isnan(boundary_f1(square(), flat)).all()
     assert np.isnan(boundary_f1([[2.0]], [[1.0]])).all()
 
 
@@ -182,8 +225,9 @@ def test_edge_miou_counts_valid_pixels_alone() -> None:
     assert edge_miou(np.ones((26, 26)), square(), valid=valid) == pytest.approx((338 - 18) / 338 / 2)
 
 
-def test_edge_miou_of_maps_without_edges_is_that_of_the_other_class() -> None:
+def test_edge_miou_of_a_truth_without_edges_is_that_of_the_other_class() -> None:
     assert edge_miou(np.ones((3, 3)), np.ones((3, 3))) == 1
+    assert edge_miou(square(), np.ones((26, 26))) == pytest.approx((676 - 36) / 676)
     assert edge_miou(np.ones((26, 26)), square()) == pytest.approx(((676 - 36) / 676 + 0) / 2)
     assert edge_miou([[1.0, 2.0]], [[1.0, 2.0]], threshold=1.0) == 1
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from moe3d_deploy.benchmarks import ship_weights
 from moe3d_deploy.checkpoint import open_checkpoint, save_checkpoint, seeded_source
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.config import PRESETS
+from moe3d_deploy.errors import CheckpointError
+from moe3d_deploy.evaluation import Change, Comparison, evaluate, rendered_scene
 from moe3d_deploy.files import sha256_file
+from moe3d_deploy.runtime.session import Session
+from moe3d_deploy.training.trainee import FROM_SCRATCH_LICENCE
+from moe3d_deploy.weight_sources import VGGT_LICENCE
 
 
 @pytest.fixture
@@ -26,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ship(checkpoint: Path, *more: str | Path) -> int:
-    return finish("ship-weights", lambda: ship_weights.main, [str(checkpoint), *map(str, more)])
+    return finish("ship-weights", lambda: ship_weights.main, [str(checkpoint), "--judge", "1", *map(str, more)])
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -51,8 +57,10 @@ def test_both_files_are_written_and_are_what_the_preset_means(
     assert told["training"] == {"checkpoint": {"origin": "checkpoint", "sha256": trained.sha256()}}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "checkpoint   checkpoint (checkpoint)"
-    assert lines[2] == f"written      moe3d-tiny.safetensors, {told['bytes'] / 1e6:.2f} MB float16, and moe3d-tiny.json"
-    assert lines[3] == "next         moe3d-export moe3d-tiny -o bundle --verify-quality"
+    assert lines[2].startswith("judged       AbsRel ")
+    assert lines[2].endswith(", float32 to float16 on 1 scenes of test-seeds")
+    assert lines[3] == f"written      moe3d-tiny.safetensors, {told['bytes'] / 1e6:.2f} MB float16, and moe3d-tiny.json"
+    assert lines[4] == "next         moe3d-export moe3d-tiny -o bundle --verify-quality"
 
 
 def test_what_rounding_moves_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +78,79 @@ def test_what_rounding_moves_is_told(folder: Path, tmp_path: Path, capsys: pytes
     assert facts(folder)["rounding"] == {"largest": 1, "mean": pytest.approx(sum(moved.values()) / len(moved))}
     assert ship(tmp_path / "a") == 0
     assert f"rounding     most in {NORM} 1.0e+00, " in capsys.readouterr().out
+
+
+def test_what_float16_changes_on_held_out_scenes_is_in_the_facts(folder: Path, tmp_path: Path) -> None:
+    """The figures are those of the evaluation of the checkpoint and of the shipped weights."""
+    checkpoint = trained_checkpoint(tmp_path / "checkpoint")
+    assert ship(checkpoint, "--judge", "2") == 0
+    told = facts(folder)["rounding"]["quality"]
+    assert (told["split"], told["scenes"], told["views"]) == ("test-seeds", 2, 4)
+    assert set(told["changes"]) <= {"abs_rel", "delta1", "boundary_f1"}
+    scenes = [rendered_scene(seed, split="test-seeds", views=4, height=21, width=28) for seed in range(2)]
+    for name, source in (("reference", checkpoint), ("found", "moe3d-tiny")):
+        expected = evaluate(Session.open(source).run, scenes, points=False).summary()
+        for key, change in told["changes"].items():
+            assert change[name] == pytest.approx(expected[key].mean, rel=1e-5), (name, key)
+    assert 0 < told["changes"]["abs_rel"]["typical"] < 0.01
+
+
+def test_weights_that_float16_changes_too_much_are_not_shipped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the experts' two layers the first has weights of 1e-7, in float16 steps of 6e-8, and the second makes up.
+
+    AbsRel of a model that has learnt nothing hardly moves, so the limit is a hundredth of the real one.
+    """
+    monkeypatch.setattr(ship_weights, "LARGEST_CHANGE", 1e-4)
+    assert ship(trained_checkpoint(tmp_path / "plain")) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    checkpoint, changed = open_checkpoint(trained_checkpoint(tmp_path / "whole")), {}
+    for layer, factor in (("0.weight", 1e-6), ("0.bias", 1e-6), ("2.weight", 1e5)):
+        for name in (f"depth_head.experts.{k}.{layer}" for k in range(4)):
+            changed[name] = checkpoint.tensor(name) * factor
+    path = trained_checkpoint(tmp_path / "checkpoint", changed)
+
+    assert ship(path) == 2
+
+    error = capsys.readouterr().err
+    assert error.startswith("ship-weights: checkpoint: float16 changes AbsRel by more than 0.01 % per scene (AbsRel ")
+    assert error.endswith("it loses digits of weights below 6e-5, look for these\n")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("typical", "refused"), [(0.0099, False), (0.0101, True), (float("nan"), True)])
+def test_the_limit_of_what_float16_may_change(typical: float, refused: bool, tmp_path: Path) -> None:
+    source = open_checkpoint(trained_checkpoint(tmp_path / "checkpoint"))
+    change = Comparison(16, {"abs_rel": Change(0.08, 0.08, 0.0, -0.001, 0.001, typical)}, None)
+    with (
+        pytest.raises(CheckpointError, match="float16 changes AbsRel by more than 1 % per scene")
+        if refused
+        else nullcontext()
+    ):
+        ship_weights.require_small(source, change)
+
+
+@pytest.mark.parametrize("key", ["options", "checkpoint"])
+def test_facts_cannot_take_the_place_of_what_is_known(
+    key: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"hours": 9, key: {"steps": 1}}))
+
+    assert ship(trained_checkpoint(tmp_path / "checkpoint"), "--facts", path) == 2
+
+    assert capsys.readouterr().err == (
+        f"ship-weights: {path}: '{key}' is what this command says of the training itself; name it otherwise\n"
+    )
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("licence", ["Apache-2.0", shipped_weights.LICENCE])
+def test_weights_under_the_licence_of_the_package_are_shipped(licence: str, folder: Path, tmp_path: Path) -> None:
+    assert ship(trained_checkpoint(tmp_path / "checkpoint", licence=licence)) == 0
+    assert facts(folder)["licence"] == shipped_weights.LICENCE
 
 
 def test_the_runs_options_and_the_given_facts_are_kept_without_folders(folder: Path, tmp_path: Path) -> None:
@@ -109,6 +190,18 @@ def _of_another_config(folder: Path) -> Path:
     return write_folder(folder, {name: source.tensor(name) for name in source.shapes()}, config)
 
 
+def _of_vggt(folder: Path) -> Path:
+    return trained_checkpoint(folder, licence=None)
+
+
+def _of_no_licence(folder: Path) -> Path:
+    return trained_checkpoint(folder, licence=FROM_SCRATCH_LICENCE)
+
+
+def _of_a_likeness(folder: Path) -> Path:
+    return trained_checkpoint(folder, licence="Apache-2.0-like")
+
+
 def _seeded(folder: Path) -> Path:
     save_checkpoint(seeded_source("moe3d-tiny", PRESETS["moe3d-tiny"]), folder)
     return folder
@@ -119,9 +212,13 @@ def _seeded(folder: Path) -> Path:
     [
         (_too_large, f"checkpoint: tensor '{NORM}' reaches 6.55e+04, which float16 cannot hold"),
         (_of_another_config, "checkpoint is no moe3d-tiny: moe.temperature is 2.0, not 1.0; train the preset's own"),
+        (_of_vggt, f"checkpoint has another licence than the package, Apache-2.0: {VGGT_LICENCE}; where you may"),
+        (_of_no_licence, f"checkpoint has another licence than the package, Apache-2.0: {FROM_SCRATCH_LICENCE}; where "
+         "you may give it out under that one, resume the run with --licence Apache-2.0"),
+        (_of_a_likeness, "checkpoint has another licence than the package, Apache-2.0: Apache-2.0-like; "),
         (_seeded, "checkpoint holds seeded random weights (preset:moe3d-tiny seed 0); name trained ones"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_shipped_is_refused_and_what_was_there_stays(
     folder: Path, tmp_path: Path, make: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """A small moe3d-tiny, and a checkpoint of it such as a training run leaves, to be shipped in a folder of the test's."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +20,14 @@ def small_preset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped_weights, "FOLDER", folder)
 
 
-def trained_checkpoint(folder: Path, changed: Mapping[str, Tensor] | None = None) -> Path:
+def trained_checkpoint(
+    folder: Path, changed: Mapping[str, Tensor] | None = None, licence: str | None = "Apache-2.0"
+) -> Path:
     """A checkpoint folder with other weights than any seed's that a test asks for, some of them replaced."""
-    return write_folder(folder, tensors(seeded_source("run", LEAST, 77)) | dict(changed or {}), LEAST)
+    write_folder(folder, tensors(seeded_source("run", LEAST, 77)) | dict(changed or {}), None)
+    notes = {"licence": licence} if licence else {}
+    (folder / "config.json").write_text(json.dumps(LEAST.to_dict() | notes))
+    return folder
 
 
 def ship_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,9 @@ _OF_RENDERED = ("split", "count", "first_seed", "views", "photographs")
 )  # fmt: skip
 @click.option("--points", is_flag=True, help="Measure point clouds as well: takes seconds per scene.")
 @click.option(
-    "--pictures", type=click.Path(path_type=Path), metavar="FOLDER", help="Draw every scene, truth beside prediction."
-)
+    "--pictures", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Draw every scene, truth beside prediction, in a sub-folder of FOLDER for each kind of scenes and size.",
+)  # fmt: skip
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "pytorch"]), default="auto", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), help="PyTorch presets only: seeded random weights.")
 @click.option("--allow-pickle", is_flag=True, help="PyTorch only: read a .pt checkpoint (weights only).")
@@ -90,7 +91,8 @@ def evaluate_command(
     progress = Progress()
     runs = []
     for what, scenes in tasks:
-        evaluation = _evaluate(session, scenes, what["count"], points, pictures, progress)
+        drawn = pictures / _picture_folder(what) if pictures else None
+        evaluation = _evaluate(session, scenes, what["count"], points, drawn, progress)
         runs.append(_report(what, evaluation))
         if not as_json:
             click.echo("\n".join(_table(session, what, evaluation)))
@@ -181,6 +183,14 @@ def _evaluate(
     evaluation = evaluate(session.run, scenes, points=points, on_scene=on_scene)
     progress.line("scenes", f"{count} in {time.perf_counter() - started:.1f} s")
     return evaluation
+
+
+def _picture_folder(what: dict[str, Any]) -> str:
+    """Of a run's own, as scenes of other splits or sizes have the same names."""
+    if "folder" in what:
+        return f"size_{what['size']}"
+    photographs = "_photographs" if what["photographs"] else ""
+    return f"{what['split']}_{what['views']}_views_{what['width']}x{what['height']}{photographs}"
 
 
 def _report(what: dict[str, Any], evaluation: "Evaluation") -> dict[str, Any]:

@@ -18,13 +18,18 @@ PERCENTILES = (2.5, 97.5)
 
 
 class Change(NamedTuple):
-    """From the mean of one to the mean of the other; `low` to `high` is the 95 % interval, None for a single scene."""
+    """From the mean of one to the mean of the other; `low` to `high` is the 95 % interval, None for a single scene.
+
+    `typical` is the mean over scenes of a scene's own change without its sign, so what goes up in one scene and down in
+    another does not cancel: at least as much as `change`, and in the same terms.
+    """
 
     reference: float
     found: float
     change: float
     low: float | None
     high: float | None
+    typical: float
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,18 @@ def compare(reference: Evaluation, found: Evaluation) -> Comparison:
 def _change(values: NDArray[np.float64], *, relative: bool) -> Change:
     """values (N, 2): reference and found of N scenes."""
     a, b = values.mean(axis=0).tolist()
+    change = _scaled(b - a, a, relative)
+    typical = _scaled(float(np.abs(values[:, 1] - values[:, 0]).mean()), a, relative)
     if len(values) == 1:
-        return Change(a, b, _difference(a, b, relative), None, None)
+        return Change(a, b, change, None, None, typical)
     draws = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
     means = values[draws].mean(axis=1)
-    changes = [_difference(x, y, relative) for x, y in means.tolist()]
+    changes = [_scaled(y - x, x, relative) for x, y in means.tolist()]
     low, high = np.percentile(changes, PERCENTILES).tolist()
-    return Change(a, b, _difference(a, b, relative), low, high)
+    return Change(a, b, change, low, high, typical)
 
 
-def _difference(a: float, b: float, relative: bool) -> float:
-    if not relative or a == b:
-        return b - a
-    return (b - a) / a if a else math.inf
+def _scaled(difference: float, reference: float, relative: bool) -> float:
+    if not relative or difference == 0:
+        return difference
+    return difference / reference if reference else math.inf

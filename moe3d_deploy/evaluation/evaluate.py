@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.evaluation.measures import in_order, measure
 from moe3d_deploy.evaluation.scenes import EvaluationScene
-from moe3d_deploy.metrics import scene_quality
+from moe3d_deploy.metrics import gate_statistics, scene_quality
+from moe3d_deploy.metrics.inputs import extrinsics_of, intrinsics_of
 
 if TYPE_CHECKING:
     from moe3d_deploy.model import MoE3D
@@ -20,12 +21,16 @@ Predictor = Callable[[NDArray[np.float32]], Mapping[str, NDArray[Any]]]
 
 
 class Summary(NamedTuple):
-    """One measure over the scenes that have it; `worst` is the name of the scene, None where no way is better."""
+    """One measure over the scenes that have it; `worst` is the name of the scene, `worst_value` what it has.
+
+    Both are None where no way is better.
+    """
 
     mean: float
     median: float
     scenes: int
     worst: str | None
+    worst_value: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +57,11 @@ class Evaluation:
         found = [(result.metrics[key], result.name) for result in self.results if key in result.metrics]
         values = [value for value, _ in found]
         better = measure(key).better
-        worst = None
+        value, worst = None, None
         if better:
             choose = max if better == "lower" else min
-            worst = choose(found, key=lambda pair: pair[0])[1]
-        return Summary(float(np.mean(values)), float(np.median(values)), len(values), worst)
+            value, worst = choose(found, key=lambda pair: pair[0])
+        return Summary(float(np.mean(values)), float(np.median(values)), len(values), worst, value)
 
 
 def evaluate(
@@ -71,9 +76,9 @@ def evaluate(
     points     with the measures of point clouds, which take most of the time
     on_scene   called after each scene with the scene, the prediction and its result
 
-    Raises Moe3dError for a prediction that cannot be judged (not finite, depth not above 0), InputError for images
-    that the model does not take and a truth that cannot be used, each with the scene's name, and where there is no
-    scene; MissingExtraError without SciPy.
+    Raises Moe3dError for a prediction that cannot be judged (not finite, depth or focal lengths not above 0, cameras
+    without a rotation, gate weights that are none), InputError for images that the model does not take and a truth that
+    cannot be used, each with the scene's name, and where there is no scene; MissingExtraError without SciPy.
     """
     results = []
     for scene in scenes:
@@ -117,8 +122,15 @@ def _check(prediction: Mapping[str, NDArray[Any]], scene: EvaluationScene) -> No
             f"scene {scene.name}: the predicted depth is not finite and above 0 at {bad} of {depth.size} pixels; "
             "these weights, or their precision, cannot be judged"
         )
-    if not np.isfinite(prediction["extrinsics"]).all() or np.isnan(prediction["intrinsics"]).any():
-        raise Moe3dError(f"scene {scene.name}: the predicted cameras are not finite; these weights cannot be judged")
+    try:
+        cameras = extrinsics_of(prediction["extrinsics"], "predicted extrinsics")
+        if len(cameras) != len(depth):
+            raise InputError(f"there are predicted extrinsics of {len(cameras)} views and depth of {len(depth)}")
+        intrinsics_of(prediction["intrinsics"], "predicted intrinsics", len(depth))
+        if "expert_weights" in prediction:
+            gate_statistics(prediction["expert_weights"])
+    except InputError as error:  # of the model's, not of the user's making
+        raise Moe3dError(f"scene {scene.name}: the prediction cannot be judged: {error}") from error
 
 
 def _strongest(prediction: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8] | None:

@@ -3,6 +3,7 @@
 The layout, and why the truth is resampled to the prediction and not the other way round, is in docs/evaluation.md.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe3d_deploy.errors import InputError
+from moe3d_deploy.errors import InputError, Moe3dWarning
 from moe3d_deploy.evaluation.scenes import EvaluationScene
-from moe3d_deploy.image_files import fault_of, find_images, shown
+from moe3d_deploy.image_decode import decode_image
+from moe3d_deploy.image_files import fault_of, find_images, read_file, shown
 from moe3d_deploy.images import load_images
 from moe3d_deploy.manifest import Preprocessing
+from moe3d_deploy.metrics.inputs import extrinsics_of, intrinsics_of
 from moe3d_deploy.view_mapping import ViewMapping
 
 TRUTH_FILE = "truth.npz"
@@ -60,9 +63,9 @@ class SceneFolder:
 def find_scenes(folder: Path) -> list[SceneFolder]:
     """The scenes of a folder, itself one where it holds a truth.npz; in the order of their names.
 
-    Every truth is read once, so that what is wrong with the last scene is told before work on the first begins.
-    Raises InputError for a folder without a scene, for a sub-folder without truth or photographs, for photographs that
-    are not as many as the views of the truth, and as `read_truth`.
+    Every truth and every photograph is read once, so that what is wrong with the last scene is told before work on the
+    first begins. Raises InputError for a folder without a scene, for a sub-folder without truth or photographs, for
+    photographs that are not as many as the views of the truth, damaged or of other proportions, and as `read_truth`.
     """
     if not folder.is_dir():
         raise InputError(f"{_shown(folder)} is no folder; expected {_LAYOUT}")
@@ -75,7 +78,9 @@ def find_scenes(folder: Path) -> list[SceneFolder]:
         if fault := fault_of(path / TRUTH_FILE):
             raise InputError(f"{_shown(path / TRUTH_FILE)} {fault}; expected {_LAYOUT}")
         images = tuple(find_images(path))
-        read_truth(path / TRUTH_FILE, len(images))
+        truth = read_truth(path / TRUTH_FILE, len(images))
+        for image in images:
+            _require_proportions(f'image "{shown(image)}"', *_size_of(image), *truth["depth"].shape[1:])
         scenes.append(SceneFolder(path, images))
     return scenes
 
@@ -91,7 +96,7 @@ def read_truth(path: Path, views: int) -> Arrays:
     """The arrays of a truth.npz for `views` photographs: depth (S, H, W) float32, extrinsics and intrinsics float64.
 
     Raises InputError for a file that cannot be read, an array that is missing, of another shape or number of views, or
-    not finite, a depth below 0, and where no pixel has one.
+    not finite, a depth below 0, no pixel that has one, extrinsics without a rotation, and focal lengths not above 0.
     """
     label = _shown(path)
     with open(path, "rb") as stream:
@@ -117,6 +122,8 @@ def read_truth(path: Path, views: int) -> Arrays:
         raise InputError(f"{label}: depth is below 0 somewhere; mark a depth that is not known by 0")
     if not truth["depth"].any():
         raise InputError(f"{label}: no pixel has a true depth above 0; there is nothing to compare with")
+    extrinsics_of(truth["extrinsics"], f"{label}: extrinsics")
+    intrinsics_of(truth["intrinsics"], f"{label}: intrinsics", views)
     return {
         "depth": truth["depth"].astype(np.float32),
         **{name: truth[name].astype(np.float64) for name in ("extrinsics", "intrinsics")},
@@ -136,11 +143,7 @@ def to_network(
     Raises InputError where the sides of the truth are not those of the photograph in proportion, to a pixel.
     """
     rows, columns = depth.shape
-    if abs(columns * view.original_height / view.original_width - rows) > 1:
-        raise InputError(
-            f"{view.name} is {view.original_width}x{view.original_height}, and its truth {columns}x{rows} has other "
-            "proportions; crop them alike"
-        )
+    _require_proportions(view.name, view.original_width, view.original_height, rows, columns)
     mapping = replace(
         view,
         original_height=rows,
@@ -154,6 +157,21 @@ def to_network(
     seen = np.where(mapping.valid_mask(height, width), depth[nearest], 0).astype(np.float32)
     to_truth = mapping.intrinsics_to_original(np.eye(3))
     return seen, np.linalg.solve(to_truth, intrinsics).astype(np.float64)
+
+
+def _require_proportions(name: str, width: int, height: int, rows: int, columns: int) -> None:
+    if abs(columns * height / width - rows) > 1:
+        raise InputError(
+            f"{name} is {width}x{height}, and its truth {columns}x{rows} has other proportions; crop them alike"
+        )
+
+
+def _size_of(image: Path) -> tuple[int, int]:
+    """Width and height of a photograph, turned upright. All of it is decoded: a damaged one is better told now."""
+    label = f'image "{shown(image)}"'
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Moe3dWarning)  # they come again when the scene is loaded
+        return decode_image(read_file(image, label), label).size
 
 
 def _nearest(position: NDArray[np.float64], count: int) -> NDArray[np.int64]:

@@ -65,7 +65,10 @@ def cloud_sheet(scene: EvaluationScene, prediction: Mapping[str, Array]) -> Arra
 
 
 def write_pictures(scene: EvaluationScene, prediction: Mapping[str, Array], folder: Path) -> list[Path]:
-    """Write `<scene>_maps.png` and `<scene>_points.png` into a folder that is made where it is missing."""
+    """Write `<scene>_maps.png` and `<scene>_points.png` into a folder that is made where it is missing.
+
+    Files of these names are replaced: give each run over scenes a folder of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     sheets = {"maps": map_sheet, "points": cloud_sheet}
     files = [folder / f"{scene.name}_{kind}.png" for kind in sheets]

@@ -4,7 +4,7 @@ Definitions and sources: docs/metrics.md.
 """
 
 from moe3d_deploy.metrics.boundary import BoundaryScore, boundary_f1, edge_miou
-from moe3d_deploy.metrics.depth import DepthErrors, align_median, align_scale_shift, depth_errors
+from moe3d_deploy.metrics.depth import DepthErrors, align_median, depth_errors
 from moe3d_deploy.metrics.flying import flying_point_ratio
 from moe3d_deploy.metrics.gate import GateStatistics, gate_statistics
 from moe3d_deploy.metrics.normals import normals_from_points
@@ -21,7 +21,6 @@ __all__ = [
     "PoseErrors",
     "Similarity",
     "align_median",
-    "align_scale_shift",
     "auc",
     "boundary_f1",
     "cloud_errors",

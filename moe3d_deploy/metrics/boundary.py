@@ -1,7 +1,8 @@
 """How well depth maps agree on where one thing hides another: scale-invariant boundary F1, and mIoU of edge maps.
 
 Both look at ratios of neighbouring depths, so the scale of a map is of no matter: aligned or not, the result is the
-same. A pair of neighbours with an invalid end is left out of the prediction and of the truth.
+same. A pair of neighbours with an invalid end is left out of the prediction and of the truth. What is judged at all is
+for the truth alone to say, so that no score jumps because a single wrong pixel adds something to judge.
 """
 
 from typing import NamedTuple
@@ -31,15 +32,16 @@ def boundary_f1(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = None
     valid   (H, W) bool
 
     A pair of neighbours is an occlusion edge at threshold t when the farther depth is more than t times the nearer one;
-    right, left, below and above are four kinds of edge by the side on which the nearer one lies. Precision and recall
-    are means over the four; F1 is their harmonic mean, 0 where both are 0; the result is the mean over ten t in
-    [1.05, 1.25] with t as weight. Source: Bochkovskii et al. 2024 (Depth Pro) and its public evaluation: strict
-    comparison, the same pixel pair in both maps (no tolerance in position), no thinning of the predicted edges.
-    One difference: a kind of edge that neither map has at some t is left out of the means there (0 in the public code),
-    and so is a t at which neither map has an edge; a perfect map thus scores 1. Where both maps have edges of all four
-    kinds at every t the two agree.
+    right, left, below and above are four kinds of edge by the side on which the nearer one lies. Precision (true edges
+    among the predicted ones, 0 without any) and recall are means over the kinds; F1 is their harmonic mean, 0 where
+    both are 0; the result is the mean over ten t in [1.05, 1.25] with t as weight. Source: Bochkovskii et al. 2024
+    (Depth Pro) and its public evaluation: strict comparison, the same pixel pair in both maps (no tolerance in
+    position), no thinning of the predicted edges.
+    One difference: the means are over the t and kinds at which the truth has edges (over all in the public code, where
+    one without counts as 0), so a perfect map scores 1. Predicted edges of the other kinds are all false; they are
+    dealt out evenly to those that count. Where the truth has all four kinds at every t the two agree.
 
-    All three are NaN where neither map has an edge at any t: nothing can be judged. Raises InputError for shapes that
+    All three are NaN where the truth has no edge at any t: nothing can be judged. Raises InputError for shapes that
     differ, no valid pixel, and depths at valid pixels that are not finite and above 0.
     """
     depth, truth, mask = depth_pair(pred, true, valid, positive=True, axes=2)
@@ -47,13 +49,15 @@ def boundary_f1(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = None
         [_edge_counts(*ratios) for ratios in zip(_ratios(depth, mask), _ratios(truth, mask), strict=True)]
     )
     found, predicted, existing = np.moveaxis(counts, 1, 0)  # (4, T) each
-    judged = predicted + existing > 0
-    kinds = judged.sum(axis=0)
-    used = kinds > 0
+    judged = existing > 0
+    used = judged.any(axis=0)
     if not used.any():
         return BoundaryScore(np.nan, np.nan, np.nan)
-    precision = (found / np.maximum(predicted, 1)).sum(axis=0)[used] / kinds[used]
-    recall = (found / np.maximum(existing, 1)).sum(axis=0)[used] / kinds[used]
+    kinds = np.maximum(judged.sum(axis=0), 1)
+    stray = np.where(judged, 0, predicted).sum(axis=0)
+    # A kind that is not judged has no edge in the truth, hence none found: its terms are 0.
+    precision = ((found / np.maximum(predicted + stray / kinds, 1)).sum(axis=0) / kinds)[used]
+    recall = ((found / np.maximum(existing, 1)).sum(axis=0) / kinds)[used]
     total = precision + recall
     f1 = 2 * precision * recall / np.where(total > 0, total, 1)
     weights = THRESHOLDS[used] / THRESHOLDS[used].sum()
@@ -64,7 +68,7 @@ def edge_miou(pred: ArrayLike, true: ArrayLike, threshold: float = 1.1, valid: A
     """Mean of the intersection over union of edge pixels and of that of all other pixels, over the valid ones.
 
     A pixel is an edge when one of its four neighbours is more than `threshold` times as deep: the rim of what is in
-    front. Shapes and errors as in `boundary_f1`. Where neither map has an edge (or each pixel is one) only the other
+    front. Shapes and errors as in `boundary_f1`. Where the truth has no edge (or each pixel is one) only the other
     class exists and its IoU is the result. The definition is this project's; the MoE3D paper gives none.
     """
     if not 1 <= threshold < np.inf:
@@ -73,9 +77,8 @@ def edge_miou(pred: ArrayLike, true: ArrayLike, threshold: float = 1.1, valid: A
     ours, theirs = (edge_map(array, mask, threshold)[mask] for array in (depth, truth))
     scores = []
     for a, b in ((ours, theirs), (~ours, ~theirs)):
-        union = np.count_nonzero(a | b)
-        if union:
-            scores.append(np.count_nonzero(a & b) / union)
+        if b.any():
+            scores.append(np.count_nonzero(a & b) / np.count_nonzero(a | b))
     return float(np.mean(scores))
 
 

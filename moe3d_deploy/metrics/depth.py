@@ -1,4 +1,4 @@
-"""Errors of depth maps: AbsRel, RMSE and delta, and the alignments that come before them.
+"""Errors of depth maps: AbsRel, RMSE and delta, and the alignment that comes before them.
 
 All take maps of any leading axes (..., H, W) and treat them as one set of pixels: pass one view to align and judge that
 view, a scene (S, H, W) to use one scale for all its views. `valid` is bool of the same shape; None means where the true
@@ -20,9 +20,7 @@ DELTA = 1.25
 class DepthErrors(NamedTuple):
     abs_rel: float  # mean of |pred - true| / true
     rmse: float  # in the units of the true depth
-    delta1: float  # share of pixels with max(pred / true, true / pred) < 1.25
-    delta2: float  # < 1.25^2
-    delta3: float  # < 1.25^3
+    delta1: float  # share of pixels with max(pred / true, true / pred) < DELTA
 
 
 def align_median(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = None) -> float:
@@ -39,32 +37,10 @@ def align_median(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = Non
     return float(np.median(truth[mask])) / middle
 
 
-def align_scale_shift(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = None) -> tuple[float, float]:
-    """Scale s and shift t of least sum (s pred + t - true)^2 over the valid pixels.
-
-    Plain least squares in depth, the closed form of Ranftl et al. 2020 (MiDaS, there in disparity). Not robust: a
-    single far-off pixel moves both numbers without bound. s is negative where the prediction runs against the truth,
-    and s pred + t can be 0 or less; `depth_errors` counts such pixels as misses. Raises InputError where the prediction
-    is constant, which leaves s undetermined.
-    """
-    depth, truth, mask = depth_pair(pred, true, valid)
-    x, y = depth[mask], truth[mask]
-    x_mean, y_mean = x.mean(), y.mean()
-    spread = x - x_mean
-    variance = float(spread @ spread)
-    # Rounding of the mean alone leaves about eps of it in each term.
-    if variance <= len(x) * (4 * np.finfo(np.float64).eps * np.abs(x).max()) ** 2:
-        raise InputError(
-            f"the predicted depth is {x_mean:g} at all {len(x)} valid pixels; a scale and a shift need two"
-        )
-    scale = float(spread @ (y - y_mean)) / variance
-    return scale, float(y_mean - scale * x_mean)
-
-
 def depth_errors(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = None) -> DepthErrors:
     """AbsRel, RMSE and delta over the valid pixels of depth maps that are already aligned.
 
-    A prediction of 0 or less is a miss for every delta and counts in AbsRel and RMSE by its distance, as any other.
+    A prediction of 0 or less is a miss for delta and counts in AbsRel and RMSE by its distance, as any other.
     Source: Eigen et al. 2014. Raises InputError as told at the top of this module.
     """
     depth, truth, mask = depth_pair(pred, true, valid)
@@ -72,7 +48,6 @@ def depth_errors(pred: ArrayLike, true: ArrayLike, valid: ArrayLike | None = Non
     error = x - y
     with np.errstate(divide="ignore", over="ignore"):
         ratio = np.where(x > 0, np.maximum(x / y, y / x), np.inf)
-    delta1, delta2, delta3 = (float(np.mean(ratio < DELTA**power)) for power in (1, 2, 3))
     return DepthErrors(
-        float(np.mean(np.abs(error) / y)), float(np.sqrt(np.mean(error * error))), delta1, delta2, delta3
+        float(np.mean(np.abs(error) / y)), float(np.sqrt(np.mean(error * error))), float(np.mean(ratio < DELTA))
     )

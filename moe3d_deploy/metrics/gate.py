@@ -14,10 +14,8 @@ _SUM_TOLERANCE = 1e-2
 
 class GateStatistics(NamedTuple):
     entropy: float  # mean over pixels of -sum_k w_k log w_k, nats
-    relative_entropy: float  # entropy / log K, in [0, 1]; 0 for K = 1
-    mean_weight: tuple[float, ...]  # per expert, mean of w_k over pixels
     argmax_share: tuple[float, ...]  # per expert, share of pixels in which it has the largest weight
-    effective_experts: float  # exp of the entropy of mean_weight, in [1, K]
+    effective_experts: float  # exp of the entropy of the experts' mean weights, in [1, K]
 
 
 def gate_statistics(weights: ArrayLike) -> GateStatistics:
@@ -38,15 +36,11 @@ def gate_statistics(weights: ArrayLike) -> GateStatistics:
             f"expert weights are negative, NaN or not of sum 1 at {np.count_nonzero(off)} of {off.size} pixels; "
             "pass the gate's softmax, K on the third axis from the end"
         )
-    experts = len(w)
-    mean_entropy = float(entropy(w).mean())
     largest = w == w.max(axis=0)
     share = (largest / largest.sum(axis=0)).mean(axis=1)
     mean = w.mean(axis=1)
     return GateStatistics(
-        mean_entropy,
-        mean_entropy / float(np.log(experts)) if experts > 1 else 0.0,
-        tuple(mean.tolist()),
+        float(entropy(w).mean()),
         tuple(share.tolist()),
         float(np.exp(entropy(mean / mean.sum()))),
     )

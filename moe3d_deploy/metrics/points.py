@@ -43,7 +43,7 @@ class IcpResult(NamedTuple):
     alignment: Similarity  # source to target
     error: float  # root mean square distance of the pairs kept, units of the target
     iterations: int
-    converged: bool
+    converged: bool  # no further gain; False also where the pairs no longer determine a motion
 
 
 class CloudErrors(NamedTuple):
@@ -91,13 +91,14 @@ def icp(
     trim            share of the source points kept in each iteration, those nearest to the target: what the target
                     lacks does not pull
     with_scale      False: a rigid motion after `initial`; True: a similarity, which can shrink a source that fits badly
-    tolerance       converged when the error falls by less than this share of it
+    tolerance       converged when an iteration gains less than this share of the error, or nothing
     max_points      at most this many source points are used, always the same, spread over it; the target is whole
 
-    `converged` is False after `max_iterations`, and where the pairs no longer determine a rotation (all nearest to one
-    point or line); the best alignment so far is returned then too. It finds the nearest local optimum, never a worse
-    fit than `initial`. Sources: Besl and McKay 1992; trimming: Chetverikov et al. 2002. Raises InputError for bad
-    arrays or parameters out of range, MissingExtraError without SciPy.
+    `converged` says that there was no further gain, also where the last iteration would have made the fit worse. It is
+    False after `max_iterations`, and where the pairs no longer determine a rotation (all nearest to one point or line).
+    The best alignment so far is returned in each case: a local optimum, never a worse fit than `initial`. Sources: Besl
+    and McKay 1992; trimming: Chetverikov et al. 2002. Raises InputError for bad arrays or parameters out of range,
+    MissingExtraError without SciPy.
     """
     x, y = cloud(source, "source points"), cloud(target, "target points")
     if not (0 < trim <= 1 and max_iterations >= 1 and tolerance >= 0 and max_points >= 3):
@@ -145,11 +146,11 @@ def cloud_errors(
     pred_points (N, 3), true_points (M, 3)     in the units of the result
     pred_normals (N, 3), true_normals (M, 3)   unit length; 0 where unknown (`normals.normals_from_points`)
 
-    Normal consistency is the absolute cosine between a point's normal and that of its nearest point in the other cloud;
-    its mean is that of the two directions' means, its median that of their medians. A pair with an unknown normal
-    is left out; both are NaN without normals or without any such pair. Source: the evaluations of Spann3R
-    (Wang and Agapito 2024) and VGGT (Wang et al. 2025) on 7-Scenes and NRGBD. Raises InputError for arrays that do not
-    fit, MissingExtraError without SciPy.
+    Normal consistency is the absolute cosine between a point's normal and that of its nearest point in the other cloud,
+    taken from each point of either cloud: (a + b) / 2 of the two directions' means, and of their medians. A pair with
+    an unknown normal is left out; both are NaN without normals or without any such pair. After the evaluations of
+    Spann3R (Wang and Agapito 2024) and VGGT (Wang et al. 2025) on 7-Scenes and NRGBD; what differs is in
+    docs/metrics.md. Raises InputError for arrays that do not fit, MissingExtraError without SciPy.
     """
     pred, true = cloud(pred_points, "predicted points"), cloud(true_points, "true points")
     if (pred_normals is None) != (true_normals is None):

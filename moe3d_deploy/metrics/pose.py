@@ -21,18 +21,17 @@ class PoseErrors(NamedTuple):
         return np.fmax(self.rotation_deg, self.translation_deg)
 
 
-def relative_pose_errors(pred_extrinsics: ArrayLike, true_extrinsics: ArrayLike, *, signed: bool = False) -> PoseErrors:
+def relative_pose_errors(pred_extrinsics: ArrayLike, true_extrinsics: ArrayLike) -> PoseErrors:
     """Rotation and translation-direction errors of the relative poses T_i T_j^-1 of all pairs of views.
 
     pred_extrinsics, true_extrinsics   (S, 3, 4), camera from world, each in a world frame and a scale of its own
-    signed                             False: a direction and its opposite are the same, so angles end at 90 degrees,
-                                       as in the field's evaluations; True: they are 180 degrees apart
 
-    Rotation: the angle of R_true^T R_pred. Translation: the angle between the two relative translations. Two cameras in
-    one place have no direction: where they are so in the truth the translation error is NaN, where only the prediction
-    says so it is 90 degrees. "In one place" is within 8 units of rounding of the array's own type, relative to the
-    largest translation in it. Source: PoseDiffusion (Wang et al. 2023) and VGGT (Wang et al. 2025), evaluation on CO3D.
-    One view has no pair and gives empty arrays. Raises InputError for other shapes or what holds no rotation.
+    Rotation: the angle of R_true^T R_pred. Translation: the angle between the two relative translations, where a
+    direction and its opposite are the same, as in the field's evaluations: at most 90 degrees. Two cameras in one place
+    have no direction: where they are so in the truth the translation error is NaN, where only the prediction says so
+    it is 90 degrees. "In one place" is within 8 units of rounding of the array's own type, relative to the largest
+    translation in it. Source: PoseDiffusion (Wang et al. 2023) and VGGT (Wang et al. 2025), evaluation on CO3D. One
+    view has no pair and gives empty arrays. Raises InputError for other shapes or what holds no rotation.
     """
     pred, true = (
         extrinsics_of(pred_extrinsics, "predicted extrinsics"),
@@ -47,8 +46,8 @@ def relative_pose_errors(pred_extrinsics: ArrayLike, true_extrinsics: ArrayLike,
     true_rotation, true_translation = _relative(true, first, second)
     rotation = _rotation_angle(np.swapaxes(true_rotation, 1, 2) @ pred_rotation)
     across = np.linalg.norm(np.cross(pred_translation, true_translation), axis=1)
-    along = np.sum(pred_translation * true_translation, axis=1)
-    translation = np.degrees(np.arctan2(across, along if signed else np.abs(along)))
+    along = np.abs(np.sum(pred_translation * true_translation, axis=1))
+    translation = np.degrees(np.arctan2(across, along))
     translation[_in_one_place(pred_translation, pred, pred_extrinsics)] = 90
     translation[_in_one_place(true_translation, true, true_extrinsics)] = np.nan
     return PoseErrors(rotation, translation)

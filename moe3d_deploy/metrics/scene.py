@@ -46,7 +46,7 @@ def scene_quality(
     gate_entropy (nats), expert_share_0 ... expert_share_<K-1> (share of pixels with this expert's weight the largest)
 
     A key is missing where there is nothing to judge: the cameras of a single view, translation_deg where no two true
-    cameras stand apart, boundary_* where no view has an edge in either map, normal_consistency_* where no normal is
+    cameras stand apart, boundary_* where no view has a true edge, normal_consistency_* where no normal is
     known, all of the cloud where its points lie on a line or in one place (a field of view of 0: no similarity can be
     told), the gate's without expert_weights. Views without a valid pixel do not enter the means over views.
     Raises InputError for an entry that is missing or unusable, MissingExtraError without SciPy.

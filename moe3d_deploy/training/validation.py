@@ -1,13 +1,15 @@
-"""A glance at held-out scenes during training: depth errors after a scale by the median, on the averaged weights.
+"""A glance at held-out scenes during training, on the averaged weights: depth errors after one scale, and cameras.
 
-The measures of the evaluation are `moe3d_deploy.metrics`; these are their plain torch form.
+The measures are those of `moe3d_deploy.metrics`, scene by scene; the evaluation has more of them.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
 
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.metrics import align_median, auc, depth_errors, relative_pose_errors
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.training.data import Plan, make_sample, scene_store
 from moe3d_deploy.training.options import TrainOptions
@@ -15,7 +17,6 @@ from moe3d_deploy.training.scene_cache import StoredScene
 
 SPLIT = "test-seeds"
 FIRST_SEED = 1_000_000  # far from the scenes that evaluations judge, which begin at 0: a run may be chosen by these
-_LIMIT = 1.25  # of the ratio that delta counts
 
 
 def held_out_scenes(options: TrainOptions) -> tuple[list[StoredScene], list[str]]:
@@ -31,24 +32,36 @@ def held_out_scenes(options: TrainOptions) -> tuple[list[StoredScene], list[str]
     return scenes, notes
 
 
-def depth_errors(predicted: Tensor, true: Tensor) -> tuple[float, float]:
-    """AbsRel and the share of pixels within a ratio of 1.25, of the depth (S, H, W) of one scene.
-
-    The prediction is scaled by median(true) / median(predicted) over the valid pixels (true > 0) of all views.
-    """
-    valid = true > 0
-    predicted, true = predicted[valid].double(), true[valid].double()
-    scaled = predicted * (true.median() / predicted.median())
-    ratio = torch.maximum(scaled / true, true / scaled)
-    return float(((scaled - true).abs() / true).mean()), float((ratio < _LIMIT).double().mean())
-
-
 @torch.no_grad()
 def validate(model: MoE3D, scenes: Sequence[StoredScene], device: torch.device) -> dict[str, float]:
-    """Means over the scenes: `abs_rel`, `delta1`."""
-    errors = []
-    for scene in scenes:
-        depth = model(scene.images[None].to(device))["depth"][0]
-        errors.append(depth_errors(depth.float().cpu(), scene.depth))
-    abs_rel, delta = (sum(values) / len(errors) for values in zip(*errors, strict=True))
-    return {"abs_rel": abs_rel, "delta1": delta}
+    """Means over the scenes: `abs_rel` and `delta1`, and `auc30` where scenes have more than one view.
+
+    A figure is NaN where the prediction of one scene cannot be judged, such as depth that overflows: the run goes on.
+    """
+    figures = [_figures(model, scene, device) for scene in scenes]
+    return {key: float(np.mean([scene[key] for scene in figures])) for key in figures[0]}
+
+
+def _figures(model: MoE3D, scene: StoredScene, device: torch.device) -> dict[str, float]:
+    outputs = model(scene.images[None].to(device))
+    depth, cameras = (outputs[name][0].float().cpu() for name in ("depth", "extrinsics"))
+    figures = _depth_figures(depth.double().numpy(), scene.depth.numpy())
+    if len(cameras) > 1:
+        figures["auc30"] = _camera_figure(cameras.numpy(), scene.extrinsics.numpy())
+    return figures
+
+
+def _depth_figures(depth: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """One scale for all views (S, H, W) of the scene."""
+    try:
+        errors = depth_errors(depth * align_median(depth, true), true)
+    except InputError:
+        return {"abs_rel": np.nan, "delta1": np.nan}
+    return {"abs_rel": errors.abs_rel, "delta1": errors.delta1}
+
+
+def _camera_figure(cameras: np.ndarray, true: np.ndarray) -> float:
+    try:
+        return auc(relative_pose_errors(cameras, true).worst_deg)
+    except InputError:
+        return np.nan
