@@ -51,6 +51,18 @@ CHECKS: tuple[Check, ...] = (
         "does ONNX Runtime run the file on this card, every product and convolution of it?",
     ),
     Check(
+        "scenes",
+        f"{_HERE}.checks_training:scenes",
+        300,
+        "are scenes that are rendered on this card those of the CPU?",
+    ),
+    Check(
+        "training",
+        f"{_HERE}.checks_training:training",
+        900,
+        "does a training run on this card, resume, compile and keep features, and is a step the CPU's?",
+    ),
+    Check(
         "torch_full_size",
         f"{_HERE}.checks_torch:torch_full_size",
         1800,

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants, quality
+from moe3d_deploy.benchmarks.heads import tables as heads
 from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import InputError
@@ -101,6 +102,12 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "coverage": lambda report: f"{coverage_report.table(report)}\n\n{_machine(report)}",
     "model_quality": lambda report: f"{quality.quality_table(report)}\n\n{_machine(report)}",
     "model_deployment": lambda report: f"{quality.deployment_table(report)}\n\n{_machine(report)}",
+    "heads_variants": heads.heads_table,
+    "heads_rates": heads.rates_table,
+    "heads_training": heads.training_table,
+    "heads_quality": lambda report: f"{heads.quality_table(report)}\n\n{_machine(report)}",
+    "heads_differences": heads.difference_table,
+    "heads_finding": heads.finding_text,
     "mutation": lambda report: f"{mutants.table(report)}\n\n{_machine(report)}",
     "equivalents": mutants.equivalents_table,
 }

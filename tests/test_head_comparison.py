@@ -1,4 +1,4 @@
-"""`benchmarks.head_comparison` as a command: its result, going on after a kill, pictures, and what it refuses."""
+"""`benchmarks.heads` as a command: its result, going on after a kill, and what it refuses."""
 
 import dataclasses
 import functools
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from bundles import write_bundle
 from click.testing import CliRunner, Result
-from judged_scenes import box_scene, itself
 from PIL import Image
 from trainings import TINY
 
-from moe3d_deploy.benchmarks import head_comparison, head_pictures, head_training, head_work
 from moe3d_deploy.benchmarks.environment import without_paths
-from moe3d_deploy.benchmarks.head_variants import Plan
-from moe3d_deploy.benchmarks.head_work import Key, WorkFolder
+from moe3d_deploy.benchmarks.heads import __main__ as command
+from moe3d_deploy.benchmarks.heads import comparison
+from moe3d_deploy.benchmarks.heads.variants import Plan, Trial, Variant
+from moe3d_deploy.benchmarks.heads.work import WorkFolder, open_work
 from moe3d_deploy.checkpoint import save_checkpoint, seeded_source
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
@@ -31,7 +31,11 @@ PAGE = (Path(__file__).parent.parent / "docs" / "comparison.md").read_text(encod
 # C = 4: 76 FLOP per channel of a single head, 1840 for 4 experts of 5 channels and a gate of 4; 24 channels have 1824.
 CONFIG = dataclasses.replace(TINY, moe=MoeConfig(num_experts=2, hidden_channels=5, gate_hidden_channels=4))
 HEADS = ["single", "narrow", "wide", "moe4", "moe4-entropy"]
-FLAGS = ["--steps=6", "--batch=2", "--scenes=2", "--views=2", "--count=2", "--height=28", "--width=42"]
+RATES = (0.002, 0.02)
+FLAGS = [
+    "--steps=6", "--batch=2", "--scenes=2", "--views=2", "--count=2", "--height=28", "--width=42",
+    "--validation-scenes=2", *(f"--learning-rate={rate}" for rate in RATES),
+]  # fmt: skip
 
 _render = functools.cache(scene_cache.render_scene)
 
@@ -61,7 +65,7 @@ def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def compare(checkpoint: Path | str, out: Path, *more: str) -> Result:
-    return CliRunner().invoke(head_comparison.main, [str(checkpoint), "--out", str(out), "--seeds=2", *FLAGS, *more])
+    return CliRunner().invoke(command.main, [str(checkpoint), "--out", str(out), "--seeds=2", *FLAGS, *more])
 
 
 def refusal(result: Result) -> str:
@@ -83,40 +87,55 @@ def copied(finished: Path, folder: Path) -> Path:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[str]]]:
-    """(loss, seed, heads) of every pass over the data from now on."""
-    seen: list[tuple[str, int, list[str]]] = []
-    real = head_training.train_heads
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """What is trained from now on."""
+    seen: list[Trial] = []
+    real = comparison.train_heads
 
-    def train_heads(heads: Sequence[Any], pool: Any, plan: Any, loss: str, seed: int, on_step: Any) -> Any:
-        seen.append((loss, seed, [head.name for head in heads]))
-        return real(heads, pool, plan, loss, seed, on_step)
+    def train_heads(trials: Sequence[Trial], *rest: Any) -> None:
+        seen.extend(trials)
+        real(trials, *rest)
 
-    monkeypatch.setattr(head_training, "train_heads", train_heads)
+    monkeypatch.setattr(comparison, "train_heads", train_heads)
     return seen
 
 
+def trial_of(finished: Path, seed: int, head: str) -> Trial:
+    """One of a finished comparison that was judged on the held-out scenes."""
+    report = json.loads(finished.read_text())
+    (variant,) = (Variant(**{field.name: values[field.name] for field in dataclasses.fields(Variant)})
+                  for values in report["variants"] if values["name"] == head)  # fmt: skip
+    return Trial("l2", seed, variant, report["comparisons"][0]["rates"][head]["chosen"])
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def documented(start: str) -> set[str]:
-    """The keys of the row of the page's last table that starts so."""
+    """The keys that the page names for this part of the result."""
     (row,) = re.findall(rf"^\| `{start}` \| (.*) \|$", PAGE.partition("## The result")[2], re.MULTILINE)
     return set(re.findall(r"`(\w+)`", row))
 
 
 def test_the_result_has_its_documented_form(finished: Path) -> None:
     report = json.loads(finished.read_text())
-    rows = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## The result")[2], re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE.partition("## The result")[2].partition("Of a")[0], re.MULTILINE)
     assert set(report) == set(rows)
     for key in ("model", "plan", "pictures"):
         assert report[key].keys() == documented(key)
     assert [head["name"] for head in report["variants"]] == HEADS
     assert all(head.keys() == documented("variants") for head in report["variants"])
     assert report["model"]["experts"] == 2
-    assert report["plan"]["seeds"] == 2
+    assert (report["plan"]["seeds"], report["plan"]["learning_rates"]) == (2, list(RATES))
 
     (found,) = report["comparisons"]
     assert found.keys() == documented("comparisons")
     assert found["loss"] == "l2"
-    assert list(found["training"]) == HEADS
+    assert list(found["training"]) == list(found["rates"]) == HEADS
+    for rates in found["rates"].values():
+        assert [rate["learning_rate"] for rate in rates["tried"]] == list(RATES)
+        assert rates["chosen"] == min(rates["tried"], key=lambda rate: rate["abs_rel"])["learning_rate"]
     assert found["training"]["single"].keys() == {"depth", "last_fifth"}
     assert found["training"]["moe4"].keys() == {"depth", "entropy", "last_fifth"}
     assert np.shape(found["training"]["moe4"]["entropy"]) == (2, 6)  # seeds, steps
@@ -128,13 +147,14 @@ def test_the_result_has_its_documented_form(finished: Path) -> None:
         assert sum(quality["moe4"]["expert_shares"]) == pytest.approx(1)
         assert quality["single"]["expert_shares"] is None
         differences = found["differences"][split]
-        assert list(differences) == ["single", "wide"]
-        assert list(differences["wide"]) == ["single", "narrow", "moe4", "moe4-entropy"]
+        assert {name: list(heads) for name, heads in differences.items()} == {
+            name: HEADS[number + 1 :] for number, name in enumerate(HEADS[:-1])
+        }
         change = differences["single"]["moe4"]["abs_rel"]
-        assert change.keys() == {"change", "low", "high", "per_seed", "verdict"}
+        assert change.keys() == documented("differences")
         means = (quality[head]["abs_rel"]["mean"] for head in ("moe4", "single"))
         assert change["change"] == pytest.approx(next(means) - next(means))
-    assert len(found["finding"]) == 9
+    assert len(found["finding"]) == 11
 
 
 def test_single_and_experts_cost_as_many_flops(finished: Path) -> None:
@@ -149,15 +169,15 @@ def test_the_result_names_no_folder_of_a_machine(finished: Path) -> None:
 
 
 def test_pictures_lie_beside_the_result_and_are_small(finished: Path) -> None:
-    for name in head_comparison.PICTURES:
+    for name in comparison.PICTURES:
         file = finished.parent / name
         assert file.stat().st_size < 300_000
         assert Image.open(file).width > 1000
-    assert json.loads(finished.read_text())["pictures"]["files"] == list(head_comparison.PICTURES)
+    assert json.loads(finished.read_text())["pictures"]["files"] == list(comparison.PICTURES)
 
 
 def test_a_finished_comparison_trains_nothing_again(
-    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Any], monkeypatch: pytest.MonkeyPatch
+    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Trial]
 ) -> None:
     out = copied(finished, tmp_path / "again")
     out.unlink()
@@ -168,45 +188,119 @@ def test_a_finished_comparison_trains_nothing_again(
     assert "heads        10 of 10 are trained" in result.stderr
 
 
-def test_a_killed_run_goes_on_with_the_heads_that_are_missing(
-    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed while the heads of the second seed are saved: what comes out is equal to a run in one go."""
-    out, saved = tmp_path / "heads.json", []
-    real = WorkFolder.save
+@pytest.mark.parametrize(("method", "calls"), [("save", 4), ("save", 12), ("save_scores", 13)])
+def test_a_killed_run_goes_on_with_what_is_missing(
+    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Trial], monkeypatch: pytest.MonkeyPatch,
+    method: str, calls: int,
+) -> None:  # fmt: skip
+    """Killed while learning rates are tried (10 heads), the second seed trained (5) and the first split saved (10 after
+    10 of validation): what comes out is equal to a run in one go, and no head is trained twice.
+    """
+    out = tmp_path / "heads.json"
+    done: list[Any] = []
+    real = getattr(WorkFolder, method)
 
-    def save(self: WorkFolder, key: Key, head: Any) -> None:
-        if len(saved) == 7:
+    def interrupted(self: WorkFolder, *what: Any) -> None:
+        if len(done) == calls:
             raise KeyboardInterrupt
-        saved.append(key)
-        real(self, key, head)
+        done.append(what[0])
+        real(self, *what)
 
-    monkeypatch.setattr(WorkFolder, "save", save)
+    monkeypatch.setattr(WorkFolder, method, interrupted)
     assert compare(checkpoint, out).exit_code != 0
     assert not out.exists()
-    monkeypatch.setattr(WorkFolder, "save", real)
+    kept = {path.stem for path in out.with_suffix(".work").glob("*.safetensors")}
+    monkeypatch.setattr(WorkFolder, method, real)
+    trainings.clear()
     assert compare(checkpoint, out).exception is None
-    assert trainings == [("l2", 0, HEADS), ("l2", 1, HEADS), ("l2", 1, HEADS[2:])]
+    assert kept.isdisjoint(map(str, trainings))
+    assert len(kept) + len(trainings) == 15
+    assert measured(out) == measured(finished)
+    assert files(out.with_suffix(".work")) == files(finished.with_suffix(".work"))
+
+
+def test_figures_of_a_split_are_kept_before_the_next_is_judged(
+    finished: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(finished, tmp_path / "again")
+    for file in out.with_suffix(".work").glob("*.test-*.json"):
+        file.unlink()
+    real = comparison.rendered_scenes
+
+    def rendered_scenes(seeds: Any, *, split: str, **options: Any) -> Any:
+        if split == "test-kinds":
+            raise KeyboardInterrupt
+        return real(seeds, split=split, **options)
+
+    monkeypatch.setattr(comparison, "rendered_scenes", rendered_scenes)
+    assert compare(checkpoint, out).exit_code != 0
+    assert len(list(out.with_suffix(".work").glob("*.test-seeds.json"))) == 10
+
+
+def test_rates_are_chosen_on_scenes_that_are_not_judged(
+    checkpoint: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(finished, tmp_path / "again")
+    for file in out.with_suffix(".work").glob("*.json"):
+        if file.name != "plan.json":
+            file.unlink()
+    seen: dict[tuple[str, int], int] = {}
+    real = comparison.rendered_scenes
+
+    def rendered_scenes(seeds: range, *, split: str, **options: Any) -> Any:
+        seen[split, seeds.start] = len(seeds)
+        return real(seeds, split=split, **options)
+
+    monkeypatch.setattr(comparison, "rendered_scenes", rendered_scenes)
+    assert compare(checkpoint, out).exception is None
+    assert seen == {("test-seeds", 1_000_000): 2, ("test-seeds", 0): 2, ("test-kinds", 0): 2}
     assert measured(out) == measured(finished)
 
 
+def test_a_further_rate_trains_the_first_seed_and_changes_the_choice_if_it_is_better(
+    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third rate is made the best of `wide` alone: only that head's other seed is trained anew."""
+    out = copied(finished, tmp_path / "again")
+    real = comparison.judge
+
+    def judge(model: Any, heads: Any, *rest: Any) -> Any:
+        found = real(model, heads, *rest)
+        for name, scenes in found.items():
+            if "rate0.006" in name:
+                for scene in scenes.values():
+                    scene["abs_rel"] = 1e-6 if "wide" in name else 9.0
+        return found
+
+    monkeypatch.setattr(comparison, "judge", judge)
+    assert compare(checkpoint, out, "--learning-rate=0.006").exception is None
+    assert [(trial.seed, trial.variant.name, trial.learning_rate) for trial in trainings] == [
+        *((0, name, 0.006) for name in HEADS), (1, "wide", 0.006),
+    ]  # fmt: skip
+    before, after = (json.loads(file.read_text())["comparisons"][0] for file in (finished, out))
+    assert {name for name in HEADS if before["rates"][name]["chosen"] != after["rates"][name]["chosen"]} == {"wide"}
+    assert after["quality"]["test-seeds"]["moe4"] == before["quality"]["test-seeds"]["moe4"]
+
+
 def test_heads_without_figures_are_judged_alone(
-    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Any]
+    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Trial]
 ) -> None:
     out = copied(finished, tmp_path / "again")
-    (out.with_suffix(".work") / f"{Key('l2', 1, 'moe4')}.json").unlink()
+    (out.with_suffix(".work") / f"{trial_of(finished, 1, 'moe4')}.test-kinds.json").unlink()
     result = compare(checkpoint, out)
     assert trainings == []
-    assert "judged       1 heads on 2 scenes of each split" in result.stderr
+    assert re.findall("^judged .*heads on .* of ([^,]*)", result.stderr, re.MULTILINE) == ["test-kinds"]
+    assert "judged       1 heads on 2 scenes of test-kinds" in result.stderr
     assert measured(out) == measured(finished)
 
 
 def test_another_loss_is_added_to_what_is_there(
-    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Any]
+    finished: Path, checkpoint: Path, tmp_path: Path, trainings: list[Trial]
 ) -> None:
     out = copied(finished, tmp_path / "again")
     assert compare(checkpoint, out, "--loss=l2", "--loss=log", "--loss=l2").exception is None
-    assert trainings == [("log", 0, HEADS), ("log", 1, HEADS)]
+    assert {trial.loss for trial in trainings} == {"log"}
+    assert len(trainings) == 15
     found = json.loads(out.read_text())["comparisons"]
     assert [comparison["loss"] for comparison in found] == ["l2", "log"]
     assert found[0] == json.loads(finished.read_text())["comparisons"][0]
@@ -216,9 +310,8 @@ def test_another_loss_is_added_to_what_is_there(
 def test_a_folder_of_another_comparison_is_refused(finished: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path / "again")
     work = out.with_suffix(".work")
-    assert refusal(compare(checkpoint, out, "--learning-rate=0.1")) == (
-        f"{work} is of a comparison with another learning_rate (0.002, not 0.1); choose another --workdir, or remove "
-        "it to start anew"
+    assert refusal(compare(checkpoint, out, "--batch=1")) == (
+        f"{work} is of a comparison with another batch (2, not 1); choose another --workdir, or remove it to start anew"
     )
     other = tmp_path / "other"
     save_checkpoint(seeded_source("small", CONFIG, 5), other)
@@ -229,22 +322,28 @@ def test_a_folder_of_another_comparison_is_refused(finished: Path, checkpoint: P
 
 def test_a_damaged_head_is_named(finished: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = copied(finished, tmp_path / "again")
-    file = out.with_suffix(".work") / f"{Key('l2', 0, 'wide')}.safetensors"
-    for data in (file.read_bytes()[:-9], (file.parent / "l2-seed0-moe4.safetensors").read_bytes()):
+    file = out.with_suffix(".work") / f"{trial_of(finished, 0, 'wide')}.safetensors"
+    other = file.with_name(f"{trial_of(finished, 0, 'moe4')}.safetensors")
+    for data in (file.read_bytes()[:-9], other.read_bytes()):
         file.write_bytes(data)
         result = compare(checkpoint, out)
         assert isinstance(result.exception, CheckpointError)
         assert refusal(result) == f"{file}: not a head of wide; remove it to train that again"
-    figures = file.with_suffix(".json")
+    figures = file.with_suffix(".test-seeds.json")
     figures.write_text("{")
     file.write_bytes((finished.with_suffix(".work") / file.name).read_bytes())
     assert refusal(compare(checkpoint, out)).startswith(f"{figures}: is not JSON")
 
 
 def test_a_folder_that_another_process_works_in_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with head_work.open_work(tmp_path / "heads.work", Plan(), "0" * 64):
+    with open_work(tmp_path / "heads.work", Plan(), "0" * 64):
         text = refusal(compare(checkpoint, tmp_path / "heads.json"))
     assert text == f"{tmp_path / 'heads.work'}: another process works on this comparison; wait for it"
+
+
+def test_a_stream_that_would_block_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError, match=r"^stderr$"), open_work(tmp_path / "heads.work", Plan(), "0" * 64):
+        raise BlockingIOError("stderr")
 
 
 def test_the_work_folder_is_none_of_gits_business(finished: Path) -> None:
@@ -262,7 +361,9 @@ def test_a_checkpoint_without_experts_is_taken(tmp_path: Path) -> None:
         "single": 32, "wide": 162, "moe4": 32, "moe4-entropy": 32,
     }  # fmt: skip
     assert report["model"]["experts"] is None
-    assert report["comparisons"][0]["finding"][-1] == "Of a single seed no difference counts as clear."
+    finding = report["comparisons"][0]["finding"]
+    assert "Of a single seed no difference counts as clear." in finding
+    assert any("trained jointly with the model's own single head" in sentence for sentence in finding)
 
 
 def test_a_bundle_and_a_size_that_does_not_fit_are_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -282,39 +383,3 @@ def test_an_entropy_weight_that_collapses_the_gate_is_refused(checkpoint: Path, 
     result = compare(checkpoint, tmp_path / "x.json", "--entropy-weight=0.001")
     assert result.exit_code == 2
     assert "0.001 is not in the range 0<x<0.001" in result.stderr
-
-
-def test_the_crop_is_where_most_steps_of_depth_are() -> None:
-    """An 8 x 16 view has crops of 3 x 6. Steps: a column of 3 in view 1, fewer or too deep ones elsewhere."""
-    depth = np.ones((2, 8, 16))
-    depth[0, 2, 3] = 1.2  # too small a step
-    depth[0, 5:, 10:] = 9  # more than 3 times as deep
-    depth[1, 4:7, 12:] = 2
-    depth[1, 0, 0] = 0  # not known
-    view, rows, columns = head_pictures.most_edges(depth)
-    assert view == 1
-    assert (rows.start, rows.stop) in [(3, 6), (4, 7)]
-    assert columns.start <= 11 < columns.stop
-
-
-def test_pictures_show_the_crop_and_equal_clouds_alike() -> None:
-    scene = box_scene(height=56, width=84)
-    crop = head_pictures.most_edges(scene.truth["depth"])
-    blurred = itself(scene)
-    blurred["depth"] = blurred["depth"] + np.linspace(0, 1, 84, dtype=np.float32)
-    weights = np.zeros((2, 4, 56, 84), np.float32)
-    weights[:, 2] = 1
-    predictions = {"same": itself(scene, 3.0), "blurred": {**blurred, "expert_weights": weights}}
-    edges = head_pictures.edge_sheet(scene, predictions, crop)
-    points = head_pictures.point_sheet(scene, predictions, crop)
-    height, width = crop.rows.stop - crop.rows.start, crop.columns.stop - crop.columns.start
-    factor = -(-220 // width)
-    assert edges.shape == (28 + 3 * (height * factor + 6), 4 * (width * factor + 6) + 6, 3)
-    expert = edges[-6 - height * factor // 2, -6 - width * factor // 2]
-    assert expert.tolist() == [0, 158, 115]  # the third colour of the palette
-    assert points.shape == (28 + 2 * 206, 3 * 306 + 6, 3)
-    truth, same, other = (points[28:228, 6 + i * 306 : 306 + i * 306] for i in range(3))
-    assert len(np.unique(truth.reshape(-1, 3), axis=0)) > 10
-    drawn = np.mean(truth != truth[0, 0])
-    assert np.mean(truth != same) < 0.1 * drawn
-    assert np.mean(truth != other) > 0.3 * drawn

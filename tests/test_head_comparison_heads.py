@@ -11,12 +11,20 @@ from models import small_model
 from torch.utils.flop_counter import FlopCounterMode
 from trainings import TINY
 
-from moe3d_deploy.benchmarks import head_pool
-from moe3d_deploy.benchmarks.head_pool import Pool, build_pool, view_order
-from moe3d_deploy.benchmarks.head_scores import judge, predictions
-from moe3d_deploy.benchmarks.head_stage import LastStage, fresh_stage
-from moe3d_deploy.benchmarks.head_training import train_heads
-from moe3d_deploy.benchmarks.head_variants import Plan, Variant, by_name, flops_per_pixel, parameters, variants
+from moe3d_deploy.benchmarks.heads import pool as pool_module
+from moe3d_deploy.benchmarks.heads import training
+from moe3d_deploy.benchmarks.heads.pool import Pool, build_pool, view_order
+from moe3d_deploy.benchmarks.heads.scores import judge, predictions
+from moe3d_deploy.benchmarks.heads.training import LastStage, TrainedHead, fresh_stage, train_heads
+from moe3d_deploy.benchmarks.heads.variants import (
+    Plan,
+    Trial,
+    Variant,
+    flops_per_pixel,
+    parameters,
+    references,
+    variants,
+)
 from moe3d_deploy.checkpoint import load_model, seeded_source
 from moe3d_deploy.config import PRESETS, ModelConfig, MoeConfig
 from moe3d_deploy.errors import InputError, Moe3dError
@@ -38,8 +46,18 @@ def pool(views: int = 4, channels: int = 4) -> Pool:
     return Pool(features, depth)
 
 
-def trained(heads: list[Variant], seed: int = 0, data: Pool | None = None, **changes: Any) -> Any:
-    return train_heads(heads, data or pool(), dataclasses.replace(PLAN, **changes), "l2", seed, lambda *_: None)
+def trained(
+    heads: list[Variant], seed: int = 0, data: Pool | None = None, rate: float = 2e-3, **changes: Any
+) -> dict[str, TrainedHead]:
+    found: dict[str, TrainedHead] = {}
+    train_heads(
+        [Trial("l2", seed, head, rate) for head in heads],
+        data or pool(),
+        dataclasses.replace(PLAN, **changes),
+        lambda _: None,
+        lambda trial, head: found.update({trial.variant.name: head}),
+    )
+    return found
 
 
 def test_the_heads_of_the_small_preset_by_hand() -> None:
@@ -70,9 +88,15 @@ def test_costs_are_those_of_the_modules_that_are_trained(config: ModelConfig) ->
 
 
 def test_without_experts_they_are_as_wide_as_those_of_moe3d() -> None:
-    found = by_name(variants(ModelConfig(), 5e-4))
+    found = {variant.name: variant for variant in variants(ModelConfig(), 5e-4)}
     assert list(found) == ["single", "wide", "moe4", "moe4-entropy"]  # one expert is as wide as VGGT's head
     assert (found["moe4"].hidden, found["moe4"].gate_hidden, found["wide"].hidden) == (32, 32, 160)
+    assert references(found) == ["single", "wide"]
+
+
+def test_the_papers_pair_is_a_branch_of_the_size_of_one_expert() -> None:
+    names = [variant.name for variant in variants(PRESETS["moe3d-tiny"], 5e-4)]
+    assert references(names) == ["narrow", "single", "wide"]
 
 
 def test_experts_of_which_no_single_head_has_the_flops_are_refused() -> None:
@@ -146,8 +170,11 @@ def test_all_views_are_seen_once_before_one_comes_again() -> None:
     assert order[:4] != order[4:8] or order[4:8] != order[8:]
 
 
-def test_a_head_does_not_depend_on_those_beside_it() -> None:
-    alone, beside = trained([MOE])["moe4"], trained([SINGLE, MOE])["moe4"]
+def test_a_head_does_not_depend_on_those_beside_it_nor_on_the_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "usable_cores", lambda: 1)
+    alone = trained([MOE])["moe4"]
+    monkeypatch.setattr(training, "usable_cores", lambda: 3)
+    beside = trained([SINGLE, MOE, dataclasses.replace(MOE, name="other")])["moe4"]
     assert all(alone.stage.state_dict()[name].equal(tensor) for name, tensor in beside.stage.state_dict().items())
     assert alone.curves["depth"].equal(beside.curves["depth"])
     assert alone.curves["entropy"].shape == (PLAN.steps,)
@@ -156,7 +183,7 @@ def test_a_head_does_not_depend_on_those_beside_it() -> None:
 def test_losses_fall_and_the_entropy_loss_lowers_the_entropy() -> None:
     """The depth is a function of one channel, which both heads can learn."""
     decided = dataclasses.replace(MOE, name="decided", entropy_weight=0.3)
-    heads = trained([SINGLE, MOE, decided], steps=120, learning_rate=1e-2)
+    heads = trained([SINGLE, MOE, decided], steps=120, rate=1e-2)
     for head in heads.values():
         assert float(head.curves["depth"][-10:].mean()) < 0.3 * float(head.curves["depth"][:10].mean())
     assert "entropy" not in heads["single"].curves
@@ -169,10 +196,58 @@ def test_losses_fall_and_the_entropy_loss_lowers_the_entropy() -> None:
 def test_a_loss_that_is_not_finite_names_head_and_step() -> None:
     spoilt = pool()
     spoilt.depth[int(view_order(PLAN, 4)[0, 0]), 5, 5] = torch.inf
-    with pytest.raises(
-        Moe3dError, match=r"^step 1: the loss of the head single is inf; use a smaller --learning-rate$"
-    ):
-        trained([SINGLE, MOE], data=spoilt)
+    with pytest.raises(Moe3dError) as error:
+        trained([SINGLE], data=spoilt)
+    assert str(error.value) == (
+        "step 1: the loss of the head single at a learning rate of 0.002 is inf; leave out this --learning-rate, or "
+        "use a smaller one"
+    )
+
+
+def test_each_head_has_one_thread_and_what_comes_after_has_its_own_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = torch.get_num_threads(), []
+    real = LastStage.forward
+
+    def forward(self: LastStage, features_NCHW: torch.Tensor) -> Any:
+        seen.append(torch.get_num_threads())
+        return real(self, features_NCHW)
+
+    monkeypatch.setattr(LastStage, "forward", forward)
+    torch.set_num_threads(2)
+    try:
+        trained([SINGLE, MOE])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+def test_a_head_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 4_000
+    real, done = training.train_head, [0]
+
+    def train_head(trial: Trial, data: Pool, plan: Plan, on_step: Any) -> TrainedHead:
+        if trial.variant is SINGLE:
+            raise Moe3dError("spoilt")
+
+        def counted(step: int) -> None:
+            on_step(step)
+            done.append(step)
+
+        return real(trial, data, plan, counted)
+
+    monkeypatch.setattr(training, "train_head", train_head)
+    with pytest.raises(Moe3dError, match=r"^spoilt$"):
+        trained([MOE, SINGLE], steps=steps)
+    assert done[-1] < steps
+
+
+def test_the_learning_rate_is_that_of_the_trial() -> None:
+    """The first step of Adam moves a weight by the rate, here that of the warm-up's end: 7 steps have none."""
+    for rate in (1e-3, 4e-3):
+        stage = trained([SINGLE], rate=rate, steps=1)["single"].stage
+        moved = stage.experts[0][2].bias.detach()[0]  # type: ignore[index]
+        assert abs(float(moved)) == pytest.approx(rate, rel=1e-3)
 
 
 def test_the_pool_holds_the_models_features_and_normalised_depth_of_training_samples(
@@ -201,16 +276,16 @@ def test_the_pool_holds_the_models_features_and_normalised_depth_of_training_sam
 
 
 def test_features_that_do_not_fit_into_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_pool, "available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(pool_module, "available_memory_bytes", lambda: 10**9)
     plan = Plan(scenes=300, views=4, height=126, width=168)  # 1200 views of 32 maps of 4 bytes: 3.25 GB
     with pytest.raises(InputError) as error:
-        head_pool.require_memory(PRESETS["moe3d-tiny"], plan)
+        pool_module.require_memory(PRESETS["moe3d-tiny"], plan)
     assert str(error.value) == (
         "the features of 300 scenes take 3.3 GB, of memory 1.0 GB are free; use fewer --scenes, or a smaller "
         "--height and --width"
     )
-    monkeypatch.setattr(head_pool, "available_memory_bytes", lambda: 5 * 10**9)
-    head_pool.require_memory(PRESETS["moe3d-tiny"], plan)
+    monkeypatch.setattr(pool_module, "available_memory_bytes", lambda: 5 * 10**9)
+    pool_module.require_memory(PRESETS["moe3d-tiny"], plan)
 
 
 def test_figures_are_those_of_the_heads_alone() -> None:

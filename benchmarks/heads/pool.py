@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe3d_deploy.benchmarks.head_variants import Plan
+from moe3d_deploy.benchmarks.heads.variants import Plan
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.machine import available_memory_bytes
@@ -35,7 +35,7 @@ class Pool:
 
 
 def build_pool(model: MoE3D, plan: Plan, on_scene: Callable[[int], None], on_note: Callable[[str], None]) -> Pool:
-    """The views of the first `plan.scenes` training samples: those that `moe3d train` would draw with seed 0.
+    """The views of the first `plan.scenes` training samples, drawn as `moe3d train` draws them.
 
     A scene's views go through the model together, and are normalised together. Raises InputError where the features do
     not fit into memory, Moe3dError for features that are not finite.

@@ -1,8 +1,9 @@
-"""The depth heads that `head_comparison` compares: their sizes, what each costs, and the plan. No torch."""
+"""The depth heads that are compared: their sizes, what each costs, how each is trained and spoken of. No torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from moe3d_deploy import costs
 from moe3d_deploy.config import ModelConfig, MoeConfig
@@ -10,7 +11,9 @@ from moe3d_deploy.errors import InputError
 from moe3d_deploy.parameter_shapes import OUTPUT_HIDDEN, parameter_shapes
 
 SINGLE, NARROW, WIDE, MOE, MOE_ENTROPY = "single", "narrow", "wide", "moe4", "moe4-entropy"
-EXPERTS = 4
+EXPERTS = 4  # of MOE
+PRIMARY = "boundary_f1"  # the measure of the comparisons that were chosen before any training
+BETTER, WORSE, UNCLEAR = "better", "worse", "no clear difference"
 EQUAL_WITHIN = 0.01  # by which the FLOPs of `wide` and `moe4` may differ
 
 _PREFIXES = ("depth_head.experts.", "depth_head.gate.")
@@ -28,10 +31,23 @@ class Variant:
     entropy_weight: float = 0.0
 
 
+class Trial(NamedTuple):
+    """One training of one head: with which depth loss, from which fresh weights, at which learning rate."""
+
+    loss: str
+    seed: int
+    variant: Variant
+    learning_rate: float
+
+    def __str__(self) -> str:
+        return f"{self.loss}-seed{self.seed}-{self.variant.name}-rate{self.learning_rate}"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What every head of a comparison is trained and judged on. Seeds and losses may be added to one; the rest may not
-    differ between the heads of a folder.
+    """What every head of a comparison is trained and judged on, and may not differ between the heads of a folder.
+
+    Seeds, losses and learning rates are no part of it: they may be added to a comparison.
     """
 
     height: int = 126
@@ -40,8 +56,8 @@ class Plan:
     scenes: int = 225  # distinct ones of training: with their views, a fifth of all steps sees each view once
     steps: int = 1500
     batch: int = 3  # views of a step
-    learning_rate: float = 2e-3
     entropy_weight: float = 5e-4  # of MOE_ENTROPY
+    validation: int = 16  # scenes by which a head's learning rate is chosen
     judged: int = 32  # scenes of each held-out split
 
 
@@ -76,8 +92,11 @@ def parameters(config: ModelConfig, variant: Variant) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefixes))
 
 
-def by_name(items: Sequence[Variant]) -> dict[str, Variant]:
-    return {variant.name: variant for variant in items}
+def references(names: Collection[str]) -> list[str]:
+    """Of these heads, the single ones that MOE is measured against. First comes the paper's pair, a branch of the size
+    of one expert: VGGT's own where experts are as wide as that.
+    """
+    return [name for name in (NARROW, SINGLE, WIDE) if name in names]
 
 
 def _equal_width(config: ModelConfig, experts: Variant) -> int:

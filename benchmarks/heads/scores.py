@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe3d_deploy.benchmarks.head_stage import LastStage
+from moe3d_deploy.benchmarks.heads.training import LastStage
 from moe3d_deploy.evaluation import EvaluationScene, evaluate
 from moe3d_deploy.metrics import gate_statistics
 from moe3d_deploy.metrics.scene import EXPERT_SHARE

@@ -3,83 +3,77 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from moe3d_deploy import strict_json
-from moe3d_deploy.benchmarks.head_scores import Scores
-from moe3d_deploy.benchmarks.head_stage import LastStage
-from moe3d_deploy.benchmarks.head_training import CURVES, TrainedHead
-from moe3d_deploy.benchmarks.head_variants import Plan, Variant
+from moe3d_deploy.benchmarks.heads.scores import Scores
+from moe3d_deploy.benchmarks.heads.training import CURVES, LastStage, TrainedHead
+from moe3d_deploy.benchmarks.heads.variants import Plan, Trial
 from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
 from moe3d_deploy.files import atomic_write, exclusive_lock, remove_partials
 from moe3d_deploy.training.state import part
 
-FORMAT_VERSION = 1  # of the folder, and of how heads are trained: raise it when older heads must not be mixed in
-
-
-class Key(NamedTuple):
-    """Of one trained head."""
-
-    loss: str
-    seed: int
-    variant: str
-
-    def __str__(self) -> str:
-        return f"{self.loss}-seed{self.seed}-{self.variant}"
+FORMAT_VERSION = 2  # of the folder, and of how heads are trained: raise it when older heads must not be mixed in
+VALIDATION = "validation"  # beside the held-out splits, a set of scenes that heads have figures on
 
 
 class WorkFolder:
-    """Heads (`<key>.safetensors`) and their figures (`<key>.json`); every file appears whole or not at all."""
+    """Heads (`<trial>.safetensors`) and their figures on a set of scenes (`<trial>.<set>.json`); every file appears
+    whole or not at all.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def has(self, key: Key) -> bool:
-        return self._weights(key).exists()
+    def has(self, trial: Trial) -> bool:
+        return self._weights(trial).exists()
 
-    def save(self, key: Key, head: TrainedHead) -> None:
+    def save(self, trial: Trial, head: TrainedHead) -> None:
         weights = {f"head.{name}": tensor.contiguous() for name, tensor in head.stage.state_dict().items()}
         curves = {f"curve.{name}": tensor for name, tensor in head.curves.items()}
-        atomic_write(self._weights(key), safetensors.torch.save(weights | curves))
+        atomic_write(self._weights(trial), safetensors.torch.save(weights | curves))
 
-    def load(self, key: Key, variant: Variant, channels: int) -> TrainedHead:
+    def load(self, trial: Trial, channels: int) -> TrainedHead:
         """Raises CheckpointError for a file that is damaged or another head's."""
-        path = self._weights(key)
-        stage = LastStage(channels, variant)
+        path = self._weights(trial)
+        stage = LastStage(channels, trial.variant)
         try:
             tensors = safetensors.torch.load(path.read_bytes())
             stage.load_state_dict(part(tensors, "head."))
         except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not a head of {variant.name}; remove it to train that again") from error
+            raise CheckpointError(
+                f"{path}: not a head of {trial.variant.name}; remove it to train that again"
+            ) from error
         curves = part(tensors, "curve.")
         if not set(curves) <= set(CURVES) or "depth" not in curves:
             raise CheckpointError(f"{path}: holds no losses; remove it to train this head again")
         return TrainedHead(stage.requires_grad_(False), curves)
 
-    def scores(self, key: Key) -> dict[str, Scores] | None:
-        """The figures of a head by split; None where it was not judged yet. Raises CheckpointError."""
-        path = self._figures(key)
+    def judged(self, trial: Trial, scenes: str) -> bool:
+        return self._figures(trial, scenes).exists()
+
+    def scores(self, trial: Trial, scenes: str) -> Scores:
+        """The figures of a head that was judged on that set of scenes. Raises CheckpointError."""
+        path = self._figures(trial, scenes)
         try:
-            scores: dict[str, Scores] = strict_json.parse(path.read_bytes())
-        except FileNotFoundError:
-            return None
+            scores: Scores = strict_json.parse(path.read_bytes())
         except strict_json.JsonError as error:
             raise CheckpointError(f"{path}: {error}; remove it to judge this head again") from error
         return scores
 
-    def save_scores(self, key: Key, scores: dict[str, Scores]) -> None:
-        atomic_write(self._figures(key), _json(scores))
+    def save_scores(self, trial: Trial, scenes: str, scores: Scores) -> None:
+        atomic_write(self._figures(trial, scenes), _json(scores))
 
-    def _weights(self, key: Key) -> Path:
-        return self.path / f"{key}.safetensors"
+    def _weights(self, trial: Trial) -> Path:
+        return self.path / f"{trial}.safetensors"
 
-    def _figures(self, key: Key) -> Path:
-        return self.path / f"{key}.json"
+    def _figures(self, trial: Trial, scenes: str) -> Path:
+        return self.path / f"{trial}.{scenes}.json"
 
 
 @contextmanager
@@ -94,17 +88,18 @@ def open_work(path: Path, plan: Plan, checkpoint_sha256: str) -> Iterator[WorkFo
     if path.is_dir() and not file.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise InputError(f"{path} holds something else than a comparison of heads; choose another --workdir")
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive_lock(path / ".lock"):
-            remove_partials(path)
-            if file.exists():
-                _require_equal(file, wanted)
-            else:
-                atomic_write(path / ".gitignore", b"*\n")
-                atomic_write(file, _json(wanted))
-            yield WorkFolder(path)
-    except BlockingIOError as error:
-        raise Moe3dError(f"{path}: another process works on this comparison; wait for it") from error
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(path / ".lock"))
+        except BlockingIOError as error:
+            raise Moe3dError(f"{path}: another process works on this comparison; wait for it") from error
+        remove_partials(path)
+        if file.exists():
+            _require_equal(file, wanted)
+        else:
+            atomic_write(path / ".gitignore", b"*\n")
+            atomic_write(file, _json(wanted))
+        yield WorkFolder(path)
 
 
 def _require_equal(file: Path, wanted: dict[str, Any]) -> None:
