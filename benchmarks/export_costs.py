@@ -51,7 +51,8 @@ def main(out: Path, only: tuple[str, ...], workdir: Path | None) -> None:
 
 def _measure(model: str, precision: str, workdir: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="moe3d-costs-", dir=workdir) as folder:
-        arguments = ["export", model, "--precision", precision, "-o", "bundle", "--views", "1:2:8", "--json"]
+        options = ["--precision", precision, "--views", "1:2:8", "--no-cache"]
+        arguments = ["export", model, "-o", "bundle", *options, "--json"]
         run = subprocess.run(
             [sys.executable, "-m", "moe3d_deploy", *arguments], cwd=folder, capture_output=True, text=True, check=False
         )

@@ -20,7 +20,7 @@ from moe3d_deploy.errors import BundleError, Moe3dError
 from moe3d_deploy.manifest import MANIFEST_NAME
 
 _BUNDLE = "bundle"
-_ENGINE_FLAGS = ("--views", "1:2:4")
+_ENGINE_FLAGS = ("--views", "1:2:4", "--no-cache")
 _STAGE = re.compile(r"\x1b\[2K(\w+) ")  # of a progress bar; within the export, of its phases
 _PHASE = re.compile(r"\x1b\[2Kexport .* s  (\w+)")
 Tell = Callable[[str], None]

@@ -22,6 +22,7 @@ from moe3d_deploy.manifest import MANIFEST_NAME, EngineRecord, Manifest, Profile
 Verify = Literal["full", "sizes"]
 
 _BUILDER_TAGS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
+_LONGEST_NAME = 225  # of 255, with what a temporary name adds
 
 
 @dataclass(frozen=True)
@@ -242,20 +243,25 @@ def _without(manifest: Manifest, names: Collection[str]) -> Manifest:
 
 
 def engine_name(
-    model: str, profile: Profile, precision: str, compute_capabilities: Sequence[int], builder: str, version: str
+    model: str,
+    profile: Profile,
+    precision: str,
+    compute_capabilities: Sequence[int],
+    builder: str,
+    version: str,
+    more_profiles: Sequence[Profile] = (),
 ) -> str:
     """The file name of an engine, such as `moe3d-1b_1-4-8x392x518_fp16_sm89_rtx1.6.1.plan`.
 
     Views, height and width as min-opt-max, or one number where the three are equal; scenes first when there can be
-    more than one. Characters of `model` that no file name of a bundle has become `-`. Raises InputError.
+    more than one; several profiles joined by `+`. Characters of `model` that no file name of a bundle has become `-`.
+    Raises InputError.
     """
     if builder not in _BUILDER_TAGS:
         raise InputError(f"builder {builder!r} is unknown; use one of {', '.join(_BUILDER_TAGS)}")
     if not compute_capabilities:
         raise InputError("an engine needs at least one compute capability in its name, such as 89")
-    axes = list(zip(profile.min, profile.opt, profile.max, strict=True))
-    shown = axes if profile.max[0] > 1 else axes[1:]
-    shapes = "x".join("-".join(map(str, axis if len(set(axis)) > 1 else axis[:1])) for axis in shown)
+    shapes = "+".join(map(_shapes_in_a_name, (profile, *more_profiles)))
     capabilities = "-".join(map(str, sorted(set(compute_capabilities))))
     model = re.sub(r"[^A-Za-z0-9_.+-]+", "-", model)
     name = f"{model}_{shapes}_{precision}_sm{capabilities}_{_BUILDER_TAGS[builder]}{version}.plan"
@@ -263,7 +269,15 @@ def engine_name(
         check_name(f"engines/{name}", "engine name")
     except BundleError as error:
         raise InputError(f"{error}; choose another model name, precision or version") from None
+    if more_profiles and len(name) > _LONGEST_NAME:
+        raise InputError(f"{1 + len(more_profiles)} profiles make a file name of {len(name)} characters: build several")
     return name
+
+
+def _shapes_in_a_name(profile: Profile) -> str:
+    axes = list(zip(profile.min, profile.opt, profile.max, strict=True))
+    shown = axes if profile.max[0] > 1 else axes[1:]
+    return "x".join("-".join(map(str, axis if len(set(axis)) > 1 else axis[:1])) for axis in shown)
 
 
 def _check_verify(verify: str) -> None:

@@ -60,6 +60,16 @@ def test_half_of_the_samples_are_mirrored_unless_that_is_off() -> None:
     assert plan_sample(off, 0).jitter is None
 
 
+def test_colours_vary_within_their_ranges() -> None:
+    """A gamma of 4/5 to 5/4, 20 % of exposure and contrast, half to 1.3 of the saturation: all of it is used."""
+    drawn = [plan_sample(OPTIONS, n).jitter for n in range(400)]
+    assert None not in drawn
+    for name, low, high in (("gamma", 0.8, 1.25), ("gain", 0.8, 1.2), ("contrast", 0.8, 1.2), ("saturation", 0.5, 1.3)):
+        values = [getattr(jitter, name) for jitter in drawn]
+        assert low <= min(values) < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < max(values) <= high
+
+
 def test_processes_share_a_step_without_overlap() -> None:
     assert list(step_numbers(OPTIONS, 3)) == [12, 13, 14, 15]
     assert [list(step_numbers(OPTIONS, 3, rank, 2)) for rank in (0, 1)] == [[12, 13], [14, 15]]

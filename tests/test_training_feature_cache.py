@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from trainings import TINY, assert_same, run, short, state_of, tiny_checkpoint
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.training import feature_cache
+from moe3d_deploy.training.data import Batch, plan_sample
 from moe3d_deploy.training.feature_cache import FeatureCache, most_bytes
+from moe3d_deploy.training.initialise import new_model
 from moe3d_deploy.training.options import TrainOptions
 
 
@@ -75,6 +78,25 @@ def test_without_it_samples_are_new_in_every_pass(checkpoint: Path, tmp_path: Pa
     _, lines = run(head(checkpoint, feature_cache="off"), tmp_path / "run")
     assert computed == [1] * 12
     assert "features computed at every step" in lines[0]
+
+
+def test_features_that_were_kept_and_new_ones_meet_on_the_device_of_the_batch(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU. Of two samples, one is on disk, read to the CPU; as after a kill."""
+    options = head(checkpoint, feature_cache="disk")
+    cache = FeatureCache.choose(options, TINY, "0" * 64, tmp_path / "features")
+    shape = (1, 2, 4, TINY.token_dim)
+    cache._write(0, [torch.zeros(shape) for _ in range(4)])
+    monkeypatch.setattr(FeatureCache, "_write", lambda *_: None)  # nothing can be written of what is not there
+    monkeypatch.setattr(
+        feature_cache, "frozen_levels", lambda model, images: [torch.zeros(shape, device=images.device)] * 4
+    )
+    plans = tuple(plan_sample(options, number) for number in (0, 1))
+    nothing = torch.zeros(0)
+    batch = Batch(torch.zeros(2, 2, 3, 28, 28, device="meta"), nothing, nothing, nothing, plans, ())
+    levels = cache.levels(new_model(TINY, 0), batch)
+    assert [(tuple(level.shape), level.device.type) for level in levels] == [((2, *shape[1:]), "meta")] * 4
 
 
 def test_the_place_is_the_first_with_twice_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

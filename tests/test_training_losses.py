@@ -12,7 +12,13 @@ from torch import Tensor
 
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.training.forward import Outputs
-from moe3d_deploy.training.losses import DEPTH_LOSSES, LossOptions, camera_loss, entropy_loss, gradient_term, objective
+from moe3d_deploy.training.losses import (
+    DEPTH_LOSSES,
+    LossOptions,
+    gradient_term,
+    objective,
+    scene_objectives,
+)
 from moe3d_deploy.training.targets import Targets
 
 BATCH, VIEWS, EXPERTS, HEIGHT, WIDTH, ITERATIONS = 2, 2, 3, 4, 5, 3
@@ -196,7 +202,9 @@ def test_gradient_term_by_hand_at_two_scales() -> None:
     along_rows, along_columns = (1 + 2) + (0 + 0) + (1 + 1), (0 + 4) + (1 + 3) + (3 + 4)
     expected = ((along_rows + along_columns) / 9 + ((3 + 0) + (4 + 1)) / 4) / 2
 
-    assert float(gradient_term(residual, torch.ones(3, 3, dtype=torch.bool), None, 2)) == pytest.approx(expected)
+    assert float(gradient_term(residual[None], torch.ones(1, 3, 3, dtype=torch.bool), None, 2)) == pytest.approx(
+        expected
+    )
 
 
 def test_third_scale_of_the_gradient_term_sees_every_fourth_pixel() -> None:
@@ -212,12 +220,13 @@ def test_gradient_term_leaves_out_pairs_with_an_invalid_end() -> None:
 
 
 def test_gradient_term_of_a_constant_error_is_zero_and_a_map_smaller_than_the_scale_adds_nothing() -> None:
-    assert float(gradient_term(torch.full((2, 3, 3), 0.7), torch.ones(2, 3, 3, dtype=torch.bool), None, 4)) == 0
+    found = gradient_term(torch.full((2, 3, 3), 0.7), torch.ones(2, 3, 3, dtype=torch.bool), None, 4)
+    assert found.tolist() == [0, 0]
 
 
 def test_gradient_term_of_a_scale_without_valid_pixels_is_zero() -> None:
-    valid = torch.tensor([[False, True], [True, True]])  # the second scale sees the first pixel alone
-    residual = torch.tensor([[0.0, 1.0], [1.0, 3.0]])
+    valid = torch.tensor([[[False, True], [True, True]]])  # the second scale sees the first pixel alone
+    residual = torch.tensor([[[0.0, 1.0], [1.0, 3.0]]])
     assert float(gradient_term(residual, valid, None, 2)) == pytest.approx((2 + 2) / 3 / 2)
 
 
@@ -232,60 +241,6 @@ def test_a_blurred_edge_costs_more_than_a_flat_error_of_the_same_size(name: str)
     assert depth_loss(outputs_of(flat), targets_of(true), depth=name, **NO_GRADIENT_TERM) == pytest.approx(offset)
     assert depth_loss(outputs_of(flat), targets_of(true), depth=name) == pytest.approx(offset)
     assert depth_loss(outputs_of(blurred), targets_of(true), depth=name) > 1.5 * offset
-
-
-# ---- cameras and entropy
-
-
-def poses(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).reshape(1, 1, 9)
-
-
-def test_camera_loss_by_hand() -> None:
-    """Two iterations, gamma 0.5: the first counts half; both are divided by 2.
-
-    First: translation off by 3 in one of three, quaternion by 0.4 in one of four, fields of view by 1 in both.
-    Second: translation off by 0.6 in one.
-    """
-    true = poses(0, 0, 0, 0, 0, 0, 1, 1, 1)
-    first = poses(3, 0, 0, 0, 0, -0.4, 1, 2, 0)
-    second = poses(0, 0.6, 0, 0, 0, 0, 1, 1, 1)
-    options = LossOptions(gamma=0.5, translation_weight=1, quaternion_weight=2, fov_weight=0.5)
-
-    loss, parts = camera_loss([first, second], true, options)
-
-    translation, quaternion, fov = (0.5 * 1 + 0.2) / 2, 0.5 * 0.1 / 2, 0.5 * 1 / 2
-    assert {k: float(v) for k, v in parts.items()} == pytest.approx(
-        {"camera_translation": translation, "camera_quaternion": quaternion, "camera_fov": fov}
-    )
-    assert float(loss) == pytest.approx(translation + 2 * quaternion + 0.5 * fov)
-
-
-def test_huber_is_quadratic_below_delta_and_linear_above() -> None:
-    """delta 0.1: |0.06| gives 0.06^2 / 0.2 = 0.018, |1| gives 1 - 0.05; over three components."""
-    true, off = poses(*[0.0] * 9), poses(0.06, -1, 0, *[0.0] * 6)
-    loss, _ = camera_loss([off], true, LossOptions(camera="huber", huber_delta=0.1))
-    assert float(loss) == pytest.approx((0.018 + 0.95) / 3)
-
-
-def test_later_camera_iterations_count_more_by_gamma() -> None:
-    true = poses(*[0.0] * 9)
-    alone = [float(camera_loss([true] * i + [true + 1] + [true] * (3 - i), true, LossOptions())[0]) for i in range(4)]
-    assert [a / b for a, b in zip(alone, alone[1:], strict=False)] == pytest.approx([0.6] * 3)
-
-
-def test_entropy_is_log_k_for_an_undecided_gate_and_zero_for_a_decided_one() -> None:
-    shape = (2, 1, 4, 3, 3)
-    assert float(entropy_loss(torch.full(shape, 0.25))) == pytest.approx(math.log(4))
-    one_hot = torch.zeros(shape)
-    one_hot[:, :, 2] = 1
-    assert float(entropy_loss(one_hot)) == 0
-
-
-def test_entropy_of_two_experts_by_hand() -> None:
-    weights = torch.tensor([[0.25, 1.0], [0.75, 0.0]]).reshape(1, 1, 2, 1, 2)
-    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / 2
-    assert float(entropy_loss(weights)) == pytest.approx(expected)
 
 
 # ---- the objective
@@ -304,6 +259,37 @@ def test_objective_is_the_weighted_sum_of_its_parts() -> None:
         *("loss", "depth", "depth_error", "depth_gradient"),
         *("camera", "camera_translation", "camera_quaternion", "camera_fov", "entropy"),
     }
+
+
+@pytest.mark.parametrize("name", DEPTH_LOSSES)
+def test_each_scene_of_a_batch_has_the_loss_and_the_gradient_that_it_has_alone(name: str) -> None:
+    """The objective of all views as one scene is that of a batch of one."""
+    options = LossOptions(depth=name, camera_weight=2, entropy_weight=0.3, gradient_scales=2)
+    tensors, targets = raw_tensors(), some_targets()
+    total, parts = scene_objectives(mixture(*tensors), targets, options)
+    together = torch.autograd.grad(total.sum(), tensors, allow_unused=True)
+
+    for scene in range(BATCH):
+        alone = [t[:, [scene]] if t.dim() == 4 else t[[scene]] for t in (x.detach() for x in tensors)]
+        leaves = [t.requires_grad_() for t in alone]
+        expected, of_scene = objective(mixture(*leaves), Targets(*(t[[scene]] for t in targets)), options)
+        assert total[scene].item() == pytest.approx(expected.item(), rel=1e-12)
+        assert {key: part[scene].item() for key, part in parts.items()} == pytest.approx(
+            {key: part.item() for key, part in of_scene.items()}, rel=1e-12
+        )
+        for found, gradient in zip(together, torch.autograd.grad(expected, leaves, allow_unused=True), strict=True):
+            assert (found is None) == (gradient is None)
+            if found is not None and gradient is not None:
+                own = found[:, [scene]] if found.dim() == 4 else found[[scene]]
+                torch.testing.assert_close(own, gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_a_gate_without_entropy_loss_has_no_gradient_of_it() -> None:
+    tensors = raw_tensors()
+    outputs = mixture(*tensors)
+    total, parts = objective(outputs._replace(depth=outputs.depth.detach()), some_targets(), LossOptions())
+    assert torch.autograd.grad(total, tensors, allow_unused=True)[2] is None
+    assert float(parts["entropy"]) > 0
 
 
 def test_what_a_model_does_not_have_is_not_in_its_objective() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from moe3d_deploy.errors import CheckpointError, InputError
+from moe3d_deploy.training import options
+from moe3d_deploy.training.losses import DEPTH_LOSSES
 from moe3d_deploy.training.options import TrainOptions
 
 FULL = TrainOptions(
@@ -16,11 +18,11 @@ FULL = TrainOptions(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [TrainOptions("moe3d-tiny"), FULL])
-def test_json_and_back_gives_equal_options(options: TrainOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [TrainOptions("moe3d-tiny"), FULL])
+def test_json_and_back_gives_equal_options(given: TrainOptions, tmp_path: Path) -> None:
     path = tmp_path / "options.json"
-    path.write_text(options.to_json())
-    assert TrainOptions.read(path) == options
+    path.write_text(given.to_json())
+    assert TrainOptions.read(path) == given
 
 
 def test_an_integer_is_as_good_as_the_float_it_is() -> None:
@@ -51,6 +53,8 @@ def test_json_of_something_else_is_refused(values: Any, text: str, tmp_path: Pat
 @pytest.mark.parametrize(("changes", "text"), [
     ({"train": "tail"}, "train must be one of head, all, got 'tail'"),
     ({"amp": "bf16-heads"}, "amp bf16-heads: a head alone is trained in float32; use bf16"),
+    ({"amp": "fp16"}, "amp must be one of off, bf16, bf16-heads, got 'fp16'"),
+    ({"workers": -1}, "workers must not be negative, got -1"),
     ({"steps": 0}, "steps must be positive, got 0"),
     ({"seed": -1}, "seed must not be negative, got -1"),
     ({"batch": 5, "accumulate": 2}, "batch 5 cannot be split into 2 equal micro-batches"),
@@ -77,6 +81,18 @@ def test_the_warm_up_is_a_twentieth_unless_given() -> None:
     assert TrainOptions("x", steps=1000).warmup_steps == 50
     assert TrainOptions("x", steps=1000, warmup=3).warmup_steps == 3
     assert TrainOptions("x", steps=1).warmup_steps == 0
+
+
+def test_a_gpu_gets_all_cores_but_one_to_make_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "usable_cores", lambda: 16)
+    base = TrainOptions("x")
+    assert [base.workers_for(*where) for where in (("cpu", 1), ("cuda", 1), ("cuda", 2), ("cuda", 99))] == [1, 15, 7, 1]
+    for given in (0, 3):
+        assert dataclasses.replace(base, workers=given).workers_for("cuda", 1) == given
+
+
+def test_the_losses_offered_are_those_there_are() -> None:
+    assert set(options.DEPTH_LOSSES) == set(DEPTH_LOSSES)
 
 
 def test_samples_repeat_for_a_head_whose_features_are_kept() -> None:

@@ -92,6 +92,30 @@ def test_a_full_cache_takes_no_more_and_says_so(tmp_path: Path) -> None:
     assert store.get(0)[1] == []
 
 
+def test_files_are_counted_seldom_but_often_enough_for_many_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen processes add files of 1,000 bytes in turn, with room for 1,000 of them."""
+    held, looks = [0], [0]
+
+    def count(folder: Path) -> int:
+        looks[0] += 1
+        return held[0]
+
+    monkeypatch.setattr(scene_cache, "_bytes_below", count)
+    rooms = [scene_cache._Room(1_000_000) for _ in range(16)]
+    refused = [0] * 16
+    for turn in range(16_000):
+        if rooms[turn % 16].take(tmp_path, 1_000):
+            held[0] += 1_000
+        else:
+            refused[turn % 16] += 1
+    assert 990_000 < held[0] <= 1_000_000
+    assert looks[0] < 800, "of 16,000 files"
+    held[0] = 0  # somebody has made room
+    assert any(rooms[0].take(tmp_path, 1_000) for _ in range(300))
+
+
 def test_a_full_disk_is_a_line_and_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -9,22 +9,17 @@ import click
 
 from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.cli.arguments import comma_list, given_flags
-from moe3d_deploy.cli.progress import Progress
-from moe3d_deploy.config import PRESETS, ModelConfig
-from moe3d_deploy.engines.add import add_built_engine
-from moe3d_deploy.engines.build import resolve_builder
-from moe3d_deploy.engines.shapes import AXES, ShapeProfile
-from moe3d_deploy.errors import EngineError, InputError, Moe3dError
-from moe3d_deploy.export.contract import INPUTS, OPSET, OPSETS, OPTIONAL_OUTPUTS
+from moe3d_deploy.cli.export_engine import CHANNELS_LAST, EngineRequest, FileFacts, build_engine, engine_options
+from moe3d_deploy.cli.export_events import Reporter
+from moe3d_deploy.config import PRESETS
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.export.contract import INPUTS, OPSET, OPSETS, OPTIONAL_OUTPUTS, layout
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle, require_packages
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.quality import SCENES, QualityPlan, quality_lines
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.manifest import ShapeRanges, Verification
-
-Ranges = tuple[str | None, str | None, str | None, str | None]
-"""--batch, --views, --height and --width as given."""
 
 _OF_A_CHECKPOINT = (
     "precision", "outputs", "opset", "input_type", "static", "no_merge", "no_verify", "verify_quality", "seed",
@@ -63,18 +58,12 @@ _OF_A_CHECKPOINT = (
     help="Also compare the file's quality with PyTorch's, on so many rendered scenes with exact truth; fails beyond a "
     f"limit. Write it after SOURCE.  [default without a number: {SCENES}]",
 )  # fmt: skip
-@click.option(
-    "--builder", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx", "none"]), default="auto", show_default=True,
-    help="Engine builder; none for the ONNX file alone.",
-)  # fmt: skip
-@click.option("--batch", default=None, help="Scenes of the engine: value, min:max or min:opt:max.  [default: 1]")
-@click.option("--views", default=None, help="Views of the engine.  [default: 1:2:8]")
-@click.option("--height", default=None, help="Image height of the engine in pixels.  [default: 10 patches to img_size]")
-@click.option("--width", default=None, help="Image width of the engine in pixels.  [default: as --height]")
+@engine_options
 @click.option("--seed", type=click.IntRange(min=0), help="Take a preset's seeded random weights, not trained ones.")
 @click.option("--allow-pickle", is_flag=True, help="Read a .pt checkpoint (weights only).")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at -o.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with sizes, times, memory and errors.")
+@click.option("--json-events", is_flag=True, help="Print a line of JSON per event; the last is the object of --json.")
 def export_command(
     source: str,
     output: Path | None,
@@ -86,15 +75,12 @@ def export_command(
     no_merge: bool,
     no_verify: bool,
     verify_quality: int | None,
-    builder: str,
-    batch: str | None,
-    views: str | None,
-    height: str | None,
-    width: str | None,
     seed: int | None,
     allow_pickle: bool,
     overwrite: bool,
     as_json: bool,
+    json_events: bool,
+    **engine: Any,
 ) -> None:
     """Export SOURCE, a preset, a checkpoint or a bundle, to a bundle: one ONNX file, verified, and an engine.
 
@@ -109,96 +95,96 @@ def export_command(
     moe3d-export my-moe3d -o maps --outputs expert_weights,expert_entropy --builder none
     moe3d-export my-moe3d -o checked --verify-quality 32
     """
-    progress = Progress()
-    ranges = (batch, views, height, width)
-    report: dict[str, Any] = {}
-    is_preset = source.removeprefix("preset:") in PRESETS
-    if not is_preset and not Path(source).exists():
-        raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
-    if builder == "none" and (given := given_flags(*AXES)):
-        raise InputError(f"{given[0]} is a shape of an engine and --builder none builds none: leave one of them out")
-    if is_bundle(source):
-        if output is not None:
-            raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
-        if builder == "none":
-            raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
-        if given := given_flags(*_OF_A_CHECKPOINT):
-            raise InputError(f"{source} is a bundle, its model is exported already; leave {given[0]} out")
-        bundle = Bundle.open(source, engines=False)  # a damaged engine is what this may be about to replace
-    else:
-        if output is None:
-            raise InputError("-o is missing: name the bundle folder to write")
-        if (given := given_flags("seed")) and not is_preset:
-            raise InputError(f"{given[0]} is for the weights of a preset, {source} has its own: leave it out")
-        if no_verify and (given := given_flags("verify_quality")):
-            raise InputError(f"{given[0]} is a part of the verification that --no-verify leaves out: drop one of them")
-        spec = SourceSpec(source, seed, allow_pickle)
-        options = ExportOptions(
-            policy=PrecisionPolicy(precision),
-            merge=not no_merge,
-            outputs=comma_list(outputs),
-            verify=not no_verify,
-            opset=int(opset),
-            input=input_type,
-            static=StaticShape.parse(static) if static else StaticShape(),
-            quality=verify_quality,
-        )
-        _check_before_work(builder, ranges, spec, options, progress)
-        bundle = _export(spec, output, options, overwrite, progress, report)
-    if builder != "none":
-        bundle = _build_engine(bundle, builder, ranges, progress, report)
-    _finish(bundle, report, progress, as_json)
+    reporter = Reporter(json_events)
+    try:
+        if as_json and json_events:
+            raise InputError("--json and --json-events are two forms of one answer: leave one of them out")
+        report: dict[str, Any] = {}
+        is_preset = source.removeprefix("preset:") in PRESETS
+        if not is_preset and not Path(source).exists():
+            raise InputError(f"{source}: no such bundle or checkpoint, nor a preset ({', '.join(PRESETS)})")
+        request = EngineRequest.of(**engine)
+        if is_bundle(source):
+            bundle = _open_bundle(source, output, request, reporter)
+        else:
+            if output is None:
+                raise InputError("-o is missing: name the bundle folder to write")
+            if (given := given_flags("seed")) and not is_preset:
+                raise InputError(f"{given[0]} is for the weights of a preset, {source} has its own: leave it out")
+            if no_verify and (given := given_flags("verify_quality")):
+                raise InputError(
+                    f"{given[0]} is a part of the verification that --no-verify leaves out: drop one of them"
+                )
+            spec = SourceSpec(source, seed, allow_pickle)
+            options = ExportOptions(
+                policy=PrecisionPolicy(precision),
+                merge=not no_merge,
+                outputs=comma_list(outputs),
+                verify=not no_verify,
+                opset=int(opset),
+                input=input_type,
+                static=StaticShape.parse(static) if static else StaticShape(),
+                quality=verify_quality,
+            )
+            _check_before_work(request, spec, options, reporter)
+            bundle = _export(spec, output, options, overwrite, reporter, report)
+        if request.wanted:
+            bundle, report["engine"] = build_engine(bundle, request, reporter)
+        _finish(bundle, report, reporter, as_json, json_events)
+    except BaseException as error:
+        reporter.failed(error)
+        raise
 
 
-def _check_before_work(
-    builder: str, ranges: Ranges, spec: SourceSpec, options: ExportOptions, progress: Progress
-) -> None:
+def _open_bundle(source: str, output: Path | None, request: EngineRequest, reporter: Reporter) -> Bundle:
+    if output is not None:
+        raise InputError(f"{source} is a bundle: its engines are built in place; leave -o out")
+    if not request.wanted:
+        raise InputError(f"{source} is a bundle already and --builder none builds no engine: nothing to do")
+    if given := given_flags(*_OF_A_CHECKPOINT):
+        raise InputError(f"{source} is a bundle, its model is exported already; leave {given[0]} out")
+    bundle = Bundle.open(source, engines=False)  # a damaged engine is what this may be about to replace
+    request.check(FileFacts.of(bundle.manifest), reporter, exported=True)
+    return bundle
+
+
+def _check_before_work(request: EngineRequest, spec: SourceSpec, options: ExportOptions, reporter: Reporter) -> None:
     """Fail before minutes of work, not after: the weights' keys and shapes, the builder, the shapes."""
     require_packages(verify=False, quality=options.quality is not None)
     checkpoint = spec.open()
     config, parameters = checkpoint.config, sum(math.prod(shape) for shape in checkpoint.shapes().values())
     experts = f"{config.moe.num_experts} experts" if config.moe else "no experts"
-    progress.line("checkpoint", f"{checkpoint.origin}, {parameters / 1e6:.1f} M parameters, {experts}")
-    progress.line("licence", checkpoint.licence)
+    reporter.line("checkpoint", f"{checkpoint.origin}, {parameters / 1e6:.1f} M parameters, {experts}")
+    reporter.line("licence", checkpoint.licence)
     options.static.check(config.patch_size)
     if options.quality is not None:
         QualityPlan.of(config, options.static, options.quality)
-    if builder != "none":
-        try:
-            resolve_builder(builder, opset=options.opset, precision=options.policy.precision)
-        except (EngineError, InputError) as error:
-            raise type(error)(f"{error}; or export without an engine: --builder none") from error
-        _profile(ranges, config, options.static.ranges(ShapeRanges.of(config)))
-
-
-def _profile(ranges: Ranges, config: ModelConfig, accepted: ShapeRanges) -> ShapeProfile:
-    """The engine's shapes: what is given, else what the file fixes, else the default. Raises InputError."""
-    sides = f"{min(10 * config.patch_size, config.img_size)}:{config.img_size}"
-    texts = []
-    for axis, given, default in zip(AXES, ranges, ("1", "1:2:8", sides, sides), strict=True):
-        allowed = getattr(accepted, axis)
-        fixed = str(allowed.min) if allowed.min == allowed.max else None
-        if given and fixed and set(given.split(":")) != {fixed}:
-            raise InputError(f"--{axis} {given}: the file fixes {axis} at {fixed} (--static), leave --{axis} out")
-        texts.append(given or fixed or default)
-    batch, views, height, width = texts
-    return ShapeProfile.from_ranges(batch, views, height, width, config.patch_size)
+    if request.wanted:
+        file = FileFacts(
+            config,
+            options.static.ranges(ShapeRanges.of(config)),
+            options.policy.precision,
+            options.opset,
+            options.merge,
+            layout(options.input) == CHANNELS_LAST,
+        )
+        request.check(file, reporter, exported=False)
 
 
 def _export(
-    spec: SourceSpec, output: Path, options: ExportOptions, overwrite: bool, progress: Progress, report: dict[str, Any]
+    spec: SourceSpec, output: Path, options: ExportOptions, overwrite: bool, reporter: Reporter, report: dict[str, Any]
 ) -> Bundle:
     def on_event(event: dict[str, Any]) -> None:
         if cost := event.get("cost"):
-            progress.line(event["stage"], f"{cost['seconds']:6.1f} s   peak {cost['peak_bytes'] / 1e9:.1f} GB")
+            reporter.line(event["stage"], f"{cost['seconds']:6.1f} s   peak {cost['peak_bytes'] / 1e9:.1f} GB")
         else:
-            progress.report(event["stage"], event["step"], event["total"], event["detail"])
+            reporter.report(event["stage"], event["step"], event["total"], event["detail"])
 
     result = export_bundle(spec, output, options, overwrite=overwrite, on_event=on_event)
     verification = result.bundle.manifest.verification
-    progress.line("verify", _verification_summary(verification))
+    reporter.line("verify", _verification_summary(verification))
     for line in quality_lines(verification.quality) if verification.quality else ():
-        progress.line("quality", line)
+        reporter.line("quality", line)
     report["stages"] = result.stages
     return result.bundle
 
@@ -216,35 +202,10 @@ def _verification_summary(verification: Verification) -> str:
     return f"{len(verification.cases)} shapes, {off} (limits: {allowed})"
 
 
-def _build_engine(bundle: Bundle, builder: str, ranges: Ranges, progress: Progress, report: dict[str, Any]) -> Bundle:
-    try:
-        profile = _profile(ranges, bundle.manifest.config, bundle.manifest.shape_ranges)
-        bundle, record = add_built_engine(
-            bundle,
-            builder,
-            profile,
-            progress=lambda phase, step, total: progress.report("engine", 0, 0, f"{phase} {step}/{total}"),
-            on_drop=lambda name: progress.line("dropped", f"{name} was missing or damaged"),
-        )
-    except (Moe3dError, KeyboardInterrupt):
-        progress.line("bundle", f"{bundle.path} is complete, without this engine")
-        raise
-    build = record.build
-    capabilities = " ".join(f"sm{capability}" for capability in record.compute_capabilities)
-    progress.line(
-        "engine",
-        f"{build['seconds']:6.1f} s   peak {build['peak_bytes'] / 1e9:.1f} GB   "
-        f"{record.builder} {record.builder_version}, {capabilities}",
-    )
-    progress.line("audit", record.audit["summary"])
-    report["engine"] = {"file": record.file, **build}
-    return bundle
-
-
-def _finish(bundle: Bundle, report: dict[str, Any], progress: Progress, as_json: bool) -> None:
+def _finish(bundle: Bundle, report: dict[str, Any], reporter: Reporter, as_json: bool, json_events: bool) -> None:
     files = bundle.manifest.files
     size = sum(entry.size for entry in files.values())
-    if as_json:
+    if as_json or json_events:
         report |= {
             "bundle": str(bundle.path),
             "files": {name: entry.size for name, entry in files.items()},
@@ -254,8 +215,11 @@ def _finish(bundle: Bundle, report: dict[str, Any], progress: Progress, as_json:
                 **({"quality": quality} if (quality := bundle.manifest.verification.quality) else {}),
             },
         }
-        click.echo(json.dumps(report, indent=2, sort_keys=True))
+        if json_events:
+            reporter.result(report)
+        else:
+            click.echo(json.dumps(report, indent=2, sort_keys=True))
         return
-    progress.line("bundle", f"{bundle.path}: {len(files)} files, {size / 1e6:.1f} MB")
+    reporter.line("bundle", f"{bundle.path}: {len(files)} files, {size / 1e6:.1f} MB")
     only_engines = bundle.manifest.only_in_tensorrt  # `moe3d run` takes the ONNX file
     click.echo(f"moe3d doctor {bundle.path}" if only_engines else f"moe3d run {bundle.path} IMAGES... -o out")

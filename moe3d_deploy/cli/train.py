@@ -63,15 +63,15 @@ def _switch(name: str, help: str) -> Any:
 @_option("weight_decay", "For matrices and kernels.")
 @_option("clip", "Largest norm of the gradient.")
 @_option("ema", "Decay of the averaged weights, which the checkpoint holds.")
-@_option(
-    "amp", "16-bit arithmetic: in the backbone, or in the depth head too. fp16 on CUDA only.", type=click.Choice(AMP)
-)
+@_option("amp", "bfloat16: in the backbone, or in the depth head too.", type=click.Choice(AMP))
 @_switch("compile", "Compile the transformer blocks: a minute at the start, less time per step.")
 @_option("depth_loss", "Depth loss; log for training from scratch.", type=click.Choice(DEPTH_LOSSES))
 @_option("depth_weight", "Weight of the depth loss.")
 @_option("camera_weight", "Weight of the camera loss, of --train all.")
 @_option("entropy_weight", "Weight of the gate's entropy; collapses the gate from 1e-3 on.")
 @_option("gradient_weight", "Weight of the gradient term of the losses vggt and log.")
+@_option("point_weight", "Weight of the points that patches tell: an aid of a training from scratch.")
+@_option("match_weight", "Weight of the matches between views that attention finds, likewise.")
 @_option("temperature", "Gate temperature, or first:last.", type=str, shown="1")
 @_option("shapes", "Image shapes HEIGHTxWIDTH by commas; each step has one of them.", type=str, shown="126x168")
 @_option("views", "Views of a sample, fewest:most.", type=str, shown="1:4")
@@ -90,7 +90,7 @@ def _switch(name: str, help: str) -> Any:
     "feature_cache", "Where --train head keeps the backbone's features of its samples, which then come again; off: "
     "new samples all the time.", type=click.Choice(FEATURE_CACHES),
 )  # fmt: skip
-@_option("workers", "Processes that make samples.")
+@_option("workers", "Processes that make samples.", type=int, shown="1 on a CPU; on CUDA all cores but one")
 @_option("device", "auto, cpu, cuda or cuda:N; one process per device: torchrun.")
 @_option("save_every", "Steps from save to save.")
 @_option("log_every", "Steps from line to line of train.jsonl.")

@@ -4,6 +4,7 @@ On a CPU attention is then written out, as torch's fused kernel is slow backward
 memory does not grow with the square of their length.
 """
 
+import importlib.util
 import os
 import shutil
 
@@ -20,18 +21,33 @@ _LONGEST_WRITTEN_OUT = 1024  # tokens; the logits of one block then take 4 MiB a
 def compile_blocks(model: nn.Module, device: torch.device) -> None:
     """Compile every transformer block of `model`, at its first call; a length alone makes no new code.
 
-    Raises Moe3dError where a CPU has no C++ compiler.
+    Raises Moe3dError as `require_tools` does.
     """
+    require_tools(device)
     if device.type == "cpu":
-        if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-            raise Moe3dError(
-                "--compile needs a C++ compiler on a CPU and finds none: install g++, or leave --compile out"
-            )
         set_attention(model, _cpu_attention)
-    torch._dynamo.config.recompile_limit = _MOST_VARIANTS  # beyond it a block would run uncompiled, with a warning
+    torch._dynamo.config.recompile_limit = _MOST_VARIANTS
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else a block would run uncompiled, with a warning
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)
+
+
+def require_tools(device: torch.device) -> None:
+    """Raise Moe3dError without what compiles: on a CPU a C++ compiler, on CUDA Triton and a C compiler."""
+    if device.type == "cpu":
+        _require_compiler("C++", "CXX", "g++", "clang++")
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise Moe3dError("--compile needs Triton on CUDA: pip install triton, or leave --compile out")
+    _require_compiler("C", "CC", "gcc", "clang")
+
+
+def _require_compiler(language: str, variable: str, *usual: str) -> None:
+    if not any(shutil.which(name) for name in (os.environ.get(variable, usual[0]), *usual)):
+        raise Moe3dError(
+            f"--compile needs a {language} compiler and finds none: install {usual[0]}, or leave --compile out"
+        )
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ A step takes `batch` consecutive numbers. They have one image shape and one numb
 views in which order, mirrored or not, and what colours, is drawn per sample.
 """
 
+import atexit
 import functools
 import os
 import random
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from moe3d_deploy.errors import InputError, Moe3dError, first_line
 from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.scene_cache import SceneStore, StoredScene
 from moe3d_deploy.training.scenes import SceneOptions
+from moe3d_deploy.training.stopping import STOP_SIGNALS
 
 # Mirroring takes pixel u to W - 1 - u, and the principal point from W/2 to W/2 - 1: centres lie at integers, so W/2 is
 # not the middle. Of a scene rendered two columns wider, with its principal point at W/2 + 1, columns 1..W are the
@@ -159,15 +164,18 @@ def step_numbers(options: TrainOptions, step: int, rank: int = 0, processes: int
 
 
 def batches(
-    options: TrainOptions, first_step: int, *, rank: int = 0, processes: int = 1, pin_memory: bool = False
-) -> Iterator[Batch]:
+    options: TrainOptions, first_step: int, *, rank: int = 0, processes: int = 1, device: str = "cpu"
+) -> Generator[Batch, None, None]:
     """The micro-batches of this process from `first_step` to the last step, `accumulate` of them for each.
 
-    Made in `options.workers` processes of their own, ahead of time; with 0 in this one. Their number changes nothing.
-    The processes start at once. Raises InputError where they cannot; when their turn comes, what making a sample
-    raised, and Moe3dError for a process that died.
+    Made in `options.workers_for(device, processes)` processes of their own, ahead of time; with 0 in this one. Their
+    number changes nothing. The processes start at once, and end with the generator.
+    device   "cpu" or "cuda": where the batches will go to
+    Raises InputError where the processes cannot start; when their turn comes, what making a sample raised, and
+    Moe3dError for a process that died.
     """
-    if options.workers and len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY:
+    workers = options.workers_for(device, processes)
+    if workers and len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TEMPORARY:
         raise InputError(
             f"the temporary folder {tempfile.gettempdir()} has too long a name for the sockets of processes that make "
             "samples; set TMPDIR to a shorter one, or use --workers 0"
@@ -176,32 +184,50 @@ def batches(
     loader = DataLoader(
         Samples(options),
         batch_sampler=numbers,
-        num_workers=options.workers,
+        num_workers=workers,
         collate_fn=_together,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if options.workers else None,
+        pin_memory=device == "cuda",
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if options.workers else None,
+        multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # else it draws from the global stream
     )
-    return _raising(iter(loader))
+    made = _raising(iter(loader))
+    if workers:  # at an exit in the middle, before multiprocessing's own end: that would terminate them, and wait
+        atexit.register(_close, weakref.ref(made))
+    return made
 
 
-def _raising(made: Iterator[Batch | Exception]) -> Iterator[Batch]:
-    while True:
-        try:
-            batch = next(made)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise Moe3dError(
-                f"a process that makes samples has died ({first_line(error)}); use fewer --workers"
-            ) from error
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+@contextmanager
+def named_deaths() -> Iterator[None]:
+    """Raise Moe3dError for a process of `batches` that dies: torch says so wherever this process is at the time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise Moe3dError(f"a process that makes samples has died ({first_line(error)}); use fewer --workers") from error
+
+
+def _raising(made: Iterator[Batch | Exception]) -> Generator[Batch, None, None]:
+    try:
+        while True:
+            with named_deaths():
+                batch = next(made, None)
+            if batch is None:
+                return
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        # Now, not when the last one who knows `made` has gone, such as a traceback. torch has no public word for it.
+        if isinstance(made, _MultiProcessingDataLoaderIter):
+            made._shutdown_workers()
+
+
+def _close(made: "weakref.ref[Generator[Batch, None, None]]") -> None:
+    if (batches_left := made()) is not None:
+        batches_left.close()
 
 
 @dataclass(frozen=True)
@@ -239,9 +265,11 @@ def _together(samples: Sequence[Batch | Exception]) -> Batch | Exception:
 
 
 def _start_worker(index: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent alone decides when a run ends."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGHUP):
+    """What ends a run often reaches all of its processes; the parent alone decides when, and needs samples till then.
+
+    A process ends when its parent tells it to, or within seconds after its parent has gone: torch's loader sees to it.
+    """
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -70,8 +70,8 @@ class FeatureCache:
     def levels(self, model: MoE3D, batch: Batch) -> list[Tensor]:
         """The features of a batch, (B, S, P, D) for each of four levels. Raises OSError for a full disk."""
         of_samples = [self._sample(model, batch, i) for i in range(batch.images.shape[0])]
-        device = batch.images.device
-        return [torch.cat(parts).to(device) for parts in zip(*of_samples, strict=True)]
+        device = batch.images.device  # of those computed now; those that were kept lie on the CPU
+        return [torch.cat([part.to(device) for part in parts]) for parts in zip(*of_samples, strict=True)]
 
     def remove(self) -> None:
         """Delete what is on disk."""

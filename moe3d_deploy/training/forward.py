@@ -26,6 +26,7 @@ class Outputs(NamedTuple):
     candidates: Tensor | None  # (B, S, K, H, W), None without experts
     log_sigma: Tensor  # (B, S, K, H, W), of an expert's depth: -c_k, see `losses.mixture_nll`
     pose_iterations: list[Tensor]  # (B, S, 9) per iteration of the camera head; empty where it was skipped
+    levels: Sequence[Tensor] = ()  # (B S, P, D), what the depth head has read; empty where the backbone is frozen
 
 
 def trainable_parameters(model: MoE3D, train: str = "head") -> dict[str, nn.Parameter]:
@@ -62,7 +63,8 @@ def training_forward(
         poses = model.camera_head(camera_tokens)
     with contextlib.nullcontext() if half_dense else _float32(images):
         features = model.depth_head.features(levels, grid)
-        return _last_stage(model.depth_head, features, images.shape[1], temperature, poses)
+        outputs = _last_stage(model.depth_head, features, images.shape[1], temperature, poses)
+    return outputs._replace(levels=levels)
 
 
 def frozen_levels(model: MoE3D, images: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe3d_deploy.checkpoint import open_checkpoint
 from moe3d_deploy.errors import InputError, Moe3dError
-from moe3d_deploy.training.data import Batch, batches, plan_sample, step_numbers
+from moe3d_deploy.training.data import Batch, batches, named_deaths, plan_sample, step_numbers
 from moe3d_deploy.training.distributed import Group, process_group
 from moe3d_deploy.training.logs import RunLog
+from moe3d_deploy.training.meter import Meter, time_left
 from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.run_folder import RunFolder, open_run
 from moe3d_deploy.training.scene_loss import Losses
@@ -54,14 +55,23 @@ def train(options: TrainOptions, path: Path, on_event: OnEvent = lambda event: N
     _check(options, source.config.patch_size)
     with ExitStack() as stack:
         group = stack.enter_context(process_group(options.device, options.batch // options.accumulate))
-        if options.amp.startswith("fp16") and group.device.type == "cpu":
-            raise InputError("--amp fp16 needs a CUDA device, as the CPU would underflow; use bf16 or off")
         # The first process alone writes; the others wait until it has found the folder to be in order.
         folder = stack.enter_context(open_run(path, options)) if group.is_first else RunFolder(path)
         group.barrier()
         run = _Run(options, Trainee(options, source, group.device, folder), folder, group, on_event)
         stack.callback(run.close)
-        return run.until_the_end()
+        with named_deaths():
+            return run.until_the_end()
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What came out of step `index`, from 0; on the device, so that a look at a value waits for all that is queued."""
+
+    index: int
+    losses: Losses  # means over all processes
+    norm: Tensor
+    per_scene: Tensor  # of this process's scenes
 
 
 class _Run:
@@ -71,19 +81,21 @@ class _Run:
         self.options, self.trainee, self.folder, self.group, self.on_event = options, trainee, folder, group, on_event
         self.told: set[str] = set()
         self.saved: int | None = None
+        self.loss = math.nan
         torch.manual_seed(options.seed)
         self.step = trainee.restore()
         if self.step:
             self.saved = self.step
             self._line("resumed", f"{folder.path} at step {self.step} of {options.steps}")
-        pin = group.device.type == "cuda"
+        kind = group.device.type
         # Its processes start here, before there is any other thread.
-        self.batches = batches(options, self.step, rank=group.rank, processes=group.processes, pin_memory=pin)
+        self.batches = batches(options, self.step, rank=group.rank, processes=group.processes, device=kind)
         self.module: Any = trainee.loss
         if group.processes > 1:
-            self.module = DistributedDataParallel(trainee.loss, device_ids=[group.device.index] if pin else None)
+            devices = [group.device.index] if kind == "cuda" else None
+            self.module = DistributedDataParallel(trainee.loss, device_ids=devices)
         self.log = RunLog(folder.path, self.step) if group.is_first else None
-        self.meter = _Meter()
+        self.meter = Meter()
 
     def until_the_end(self) -> Result:
         o = self.options
@@ -91,20 +103,27 @@ class _Run:
         if self.log and not self.log.has_tensorboard:
             self._line("log", "train.jsonl alone; TensorBoard: pip install 'moe3d-deploy[train]'")
         scenes = self._held_out_scenes() if self.step < o.steps else []
-        started, first = time.monotonic(), self.step
+        first = self.step
+        self.meter = Meter()  # from here on
         with StopRequest(o.minutes) as stop:
+            before = None
             while self.step < o.steps:
-                losses, norm, stopping = self._one_step(stop)
+                step, stopping = self._one_step(stop)
                 self.step += 1
-                rate = (time.monotonic() - started) / (self.step - first)
-                detail = f"loss {float(losses.total):.4f}  {rate:.2f} s/step  {_eta(rate * (o.steps - self.step))}"
-                self.on_event({"step": self.step, "total": o.steps, "detail": detail})
                 last = self.step == o.steps
-                if self.step % o.log_every == 0 or last:
-                    self._log_step(losses, norm)
-                if scenes and (last or (o.validate_every and self.step % o.validate_every == 0)):
+                logs = self.step % o.log_every == 0 or last
+                validates = bool(scenes) and (last or self.step % o.validate_every == 0)
+                saves = self.step % o.save_every == 0 or last or stopping
+                # A GPU is still at work on this step. To look at the one before does not let it run dry.
+                now = logs or validates or saves
+                self._look_at(before, step if now else None)
+                before = None if now else step
+                self._show()
+                if logs:
+                    self._log_step(step)
+                if validates:
                     self._validate(scenes)
-                if self.step % o.save_every == 0 or last or stopping:
+                if saves:
                     self._save()
                 if stopping:
                     break
@@ -116,10 +135,12 @@ class _Run:
         return Result(self.step, o.steps, stop.number, self.folder.resume_command)
 
     def close(self) -> None:
+        self.batches.close()
         if self.log:
             self.log.close()
 
-    def _one_step(self, stop: StopRequest) -> tuple[Losses, float, bool]:
+    def _one_step(self, stop: StopRequest) -> tuple[_Step, bool]:
+        """Queue all of a step, and say whether the run is to end."""
         o, trainee = self.options, self.trainee
         factor = learning_rate_factor(self.step, o.warmup_steps, o.steps, o.final_rate)
         temperature = temperature_at(self.step, o.steps, *o.temperature)
@@ -128,16 +149,13 @@ class _Run:
             batch = self._next_batch()
             with self._without_sync(index < o.accumulate - 1):
                 losses = self.module(batch, temperature)
-                trainee.backward(losses.total / o.accumulate)
+                (losses.total / o.accumulate).backward()
             parts.append(_detached(losses))
-        losses = _mean(parts)
-        norm = trainee.clip()
-        losses, stopping = self._over_processes(losses, stop.asked)
-        self._require_finite(losses, norm, torch.cat([p.per_scene for p in parts]))
-        trainee.update(o.learning_rate * factor)
+        norm = trainee.update(o.learning_rate * factor)
         trainee.temperature = temperature
+        losses, stopping = self._over_processes(_mean(parts), stop.asked)
         self.meter.steps += 1
-        return losses, norm, stopping
+        return _Step(self.step, losses, norm, torch.cat([p.per_scene for p in parts])), stopping
 
     def _next_batch(self) -> Batch:
         before = time.monotonic()
@@ -164,31 +182,44 @@ class _Run:
         usage = None if losses.usage is None else packed[count:]
         return losses._replace(total=packed[1], parts=parts, usage=usage), bool(packed[0] > 0)
 
-    def _require_finite(self, losses: Losses, norm: float, per_scene: Tensor) -> None:
-        """fp16 may overflow in a gradient: then its scaler leaves the step out and halves the scale."""
-        loss = float(losses.total)
-        if math.isfinite(loss) and (math.isfinite(norm) or self.trainee.scales):
-            return
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient is {norm}"
+    def _look_at(self, *steps: _Step | None) -> None:
+        """Stop where a loss or a gradient is no number. The weights have it by then; no save does."""
+        for step in steps:
+            if step is not None:
+                self.loss = float(step.losses.total)
+                norm = float(step.norm)
+                if not math.isfinite(self.loss):
+                    self._stop_at(step, f"the loss is {self.loss}")
+                if not math.isfinite(norm):
+                    self._stop_at(step, f"the gradient is {norm}")
+
+    def _stop_at(self, step: _Step, what: str) -> NoReturn:
         o, group = self.options, self.group
-        numbers = list(step_numbers(o, self.step, group.rank, group.processes))
-        bad = [n for n, value in zip(numbers, per_scene.tolist(), strict=True) if not math.isfinite(value)]
-        plans = [plan_sample(o, number) for number in bad or step_numbers(o, self.step)]
+        numbers = list(step_numbers(o, step.index, group.rank, group.processes))
+        bad = [n for n, value in zip(numbers, step.per_scene.tolist(), strict=True) if not math.isfinite(value)]
+        plans = [plan_sample(o, number) for number in bad or step_numbers(o, step.index)]
         listed = ", ".join(f"{plan.number} (scene {plan.seed})" for plan in plans)
         left = f"step {self.saved} is saved" if self.saved is not None else "nothing is saved yet"
         raise TrainingError(
-            f"step {self.step + 1}: {what}; sample{'s' * (len(plans) > 1)} {listed}. {left.capitalize()}; start a new "
+            f"step {step.index + 1}: {what}; sample{'s' * (len(plans) > 1)} {listed}. {left.capitalize()}; start a new "
             "phase with a smaller --learning-rate"
         )
 
-    def _log_step(self, losses: Losses, norm: float) -> None:
-        o = self.options
+    def _show(self) -> None:
+        total = self.options.steps
+        pace = self.meter.pace
+        loss = "" if math.isnan(self.loss) else f"loss {self.loss:.4f}  "
+        detail = f"{loss}{pace:.2f} s/step  {time_left(pace * (total - self.step))}"
+        self.on_event({"step": self.step, "total": total, "detail": detail})
+
+    def _log_step(self, step: _Step) -> None:
+        o, losses = self.options, step.losses
         seconds, waited, steps = self.meter.lap()
         values: dict[str, Any] = {
             **{name: float(value) for name, value in losses.parts.items()},
-            "loss": float(losses.total),
+            "loss": self.loss,
             "learning_rate": self.trainee.learning_rate,
-            "gradient_norm": norm,
+            "gradient_norm": float(step.norm),
             "temperature": self.trainee.temperature,
             "samples_per_second": steps * o.batch / seconds,
             "data_wait_share": waited / seconds,
@@ -225,10 +256,10 @@ class _Run:
             self.trainee.save_checkpoint(self.step)
 
     def _note(self, text: str) -> None:
-        """Once per run and process, however often it happens."""
+        """Once per run and process, however often it happens; the log has those of the first process."""
         if text not in self.told:
             self.told.add(text)
-            self._line("note", text)
+            self.on_event({"label": "note", "text": text})
             self._write("note", {"text": text})
 
     def _line(self, label: str, text: str) -> None:
@@ -238,33 +269,6 @@ class _Run:
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         if self.log:
             self.log.write(kind, self.step, values)
-
-
-class _Meter:
-    """Time since the last lap, and how much of it was spent waiting for samples."""
-
-    def __init__(self) -> None:
-        self.started, self.waited, self.steps = time.monotonic(), 0.0, 0
-
-    def lap(self) -> tuple[float, float, int]:
-        """Seconds, seconds waited, steps; starts anew."""
-        result = max(time.monotonic() - self.started, 1e-9), self.waited, self.steps
-        self.__init__()  # type: ignore[misc]
-        return result
-
-    def paused(self) -> "_Pause":
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, meter: _Meter) -> None:
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.entered = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.meter.started += time.monotonic() - self.entered
 
 
 def _check(options: TrainOptions, patch: int) -> None:
@@ -286,9 +290,3 @@ def _mean(parts: list[Losses]) -> Losses:
     return Losses(
         total, torch.cat([p.per_scene for p in parts]), means, torch.stack(usages).mean(0) if usages else None
     )
-
-
-def _eta(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"

@@ -1,9 +1,12 @@
-"""The training objective: depth, cameras and the gate's entropy, each a mean, weighted and added.
+"""The training objective of a scene: depth, cameras and the gate's entropy, each a mean, weighted and added.
 
     L = l_d L_depth + l_c L_camera + l_e L_entropy
 
-Everything is computed in float32 at least, whatever precision the model ran in. No value at an invalid pixel, NaN and
-infinity included, reaches a result or a gradient. A batch without a valid pixel gives NaN: `targets` refuses it.
+The scenes of a batch go through the same operations; a mean is over one scene, and a function returns one per scene.
+
+Everything is computed in float32 at least, whatever precision the model ran in. At an invalid pixel no value, NaN and
+infinity included, reaches a result, and the gradient of the model's output is 0. (Behind it, an exponential that has
+overflowed there still makes NaN of that 0.) A scene without a valid pixel gives NaN: `targets` refuses it.
 """
 
 import dataclasses
@@ -56,7 +59,22 @@ class LossOptions:
 
 
 def objective(outputs: Outputs, targets: Targets, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise, and its parts for a log: scalars without gradients, before their weights l_d, l_c, l_e.
+    """`scene_objectives` of all views as one scene, so that every valid pixel counts alike: scalars."""
+
+    def one_scene(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[None]
+
+    poses = [one_scene(pose) for pose in outputs.pose_iterations]
+    maps = {name: one_scene(x) for name, x in outputs._asdict().items() if isinstance(x, Tensor)}
+    truth = targets._replace(depth=one_scene(targets.depth), valid=one_scene(targets.valid))
+    if poses:
+        truth = truth._replace(pose_enc=one_scene(targets.pose_enc))
+    total, parts = scene_objectives(outputs._replace(**maps, pose_iterations=poses), truth, options)  # type: ignore[arg-type]
+    return total[0], {name: part[0] for name, part in parts.items()}
+
+
+def scene_objectives(outputs: Outputs, targets: Targets, options: LossOptions) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise of each scene, (B,), and its parts for a log: (B,), no gradients, before l_d, l_c and l_e.
 
     Parts: `loss` (the sum), `depth` and what it is made of, `camera` with `camera_translation`, `camera_quaternion`,
     `camera_fov` unless `outputs` has no cameras, `entropy` unless the model has no gate.
@@ -71,7 +89,7 @@ def objective(outputs: Outputs, targets: Targets, options: LossOptions) -> tuple
         total = total + options.camera_weight * camera
         parts |= {"camera": camera, **of_camera}
     if outputs.weights is not None:
-        entropy = entropy_loss(outputs.weights)
+        entropy = entropy_loss(outputs.weights if options.entropy_weight else outputs.weights.detach())
         total = total + options.entropy_weight * entropy
         parts["entropy"] = entropy
     return total, {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}}
@@ -145,58 +163,57 @@ def camera_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(1 / n) sum_i gamma^(n-1-i) (a T_i + b Q_i + c V_i) over the iterations i = 0..n-1, and the three sums.
 
-    pose_iterations  n of (B, S, 9), true (B, S, 9): see `targets.pose_encoding`
+    pose_iterations  n of (B, S, 9), true (B, S, 9): see `targets.pose_encoding`; all results are (B,)
     T, Q, V are mean errors of translation, quaternion and fields of view over their components: |x| or, for "huber",
     x^2 / (2 delta) up to delta and |x| - delta / 2 beyond. Source: VGGT (Wang et al. 2025), weights of its training
     code (a, b, c = 1, 1, 0.5).
     """
-    names = ("camera_translation", "camera_quaternion", "camera_fov")
-    true = _at_least_float32(true)
-    sums = [true.new_zeros(()) for _ in names]
-    count = len(pose_iterations)
-    for i, predicted in enumerate(pose_iterations):
-        error = (_at_least_float32(predicted) - true).abs()
-        if options.camera == "huber":
-            delta = options.huber_delta
-            error = torch.where(error < delta, error**2 / (2 * delta), error - delta / 2)
-        share = options.gamma ** (count - 1 - i) / count
-        sums = [total + share * part.mean() for total, part in zip(sums, error.split([3, 4, 2], dim=-1), strict=True)]
+    error = (_at_least_float32(torch.stack(list(pose_iterations))) - _at_least_float32(true)).abs()
+    if options.camera == "huber":
+        delta = options.huber_delta
+        error = torch.where(error < delta, error**2 / (2 * delta), error - delta / 2)
+    count = len(error)
+    later = torch.arange(count - 1, -1, -1, dtype=error.dtype, device=error.device)
+    of_components = ((options.gamma**later / count)[:, None, None] * error.mean(2)).sum(0)
+    translation, quaternion, fov = (part.mean(1) for part in of_components.split([3, 4, 2], dim=1))
     weights = (options.translation_weight, options.quaternion_weight, options.fov_weight)
-    loss = sum((w * total for w, total in zip(weights, sums, strict=True)), start=true.new_zeros(()))
-    return loss, dict(zip(names, sums, strict=True))
+    loss = weights[0] * translation + weights[1] * quaternion + weights[2] * fov
+    return loss, {"camera_translation": translation, "camera_quaternion": quaternion, "camera_fov": fov}
 
 
 def entropy_loss(weights: Tensor) -> Tensor:
-    """mean over all pixels of -sum_k w_k log w_k, in nats; weights (B, S, K, H, W) sum to 1 over K.
+    """mean over all pixels of -sum_k w_k log w_k, in nats, (B,); weights (B, S, K, H, W) sum to 1 over K.
 
     0 where one expert decides everywhere, log K where none does. Minimising it drives the gate towards one-hot.
     Source: MoE3D (Wang et al. 2026).
     """
-    return gate_entropy(_at_least_float32(weights).flatten(0, 1)).mean()
+    entropy = gate_entropy(_at_least_float32(weights).flatten(0, 1))
+    return entropy.unflatten(0, weights.shape[:2]).mean((1, 2, 3))
 
 
 def gradient_term(residual: Tensor, valid: Tensor, weights: Tensor | None, scales: int) -> Tensor:
     """How much a residual map changes from pixel to pixel: a flat error costs nothing, a blurred edge does.
 
-    residual  (..., H, W), finite everywhere; valid (..., H, W) bool; weights (..., H, W) or None for 1
-    returns   (1 / scales) sum over the scales s of (1 / N_s) sum of w |r - r'| over horizontal and vertical neighbours
-              that are both valid, in the map of every 2^s-th row and column with N_s valid pixels; w is the mean of
-              the two. A scale without a valid pixel adds nothing.
+    residual  (B, ..., H, W), finite everywhere; valid (B, ..., H, W) bool; weights (B, ..., H, W) or None for 1
+    returns   (B,), (1 / scales) sum over the scales s of (1 / N_s) sum of w |r - r'| over horizontal and vertical
+              neighbours that are both valid, in the map of every 2^s-th row and column with N_s valid pixels; w is the
+              mean of the two. A scale without a valid pixel adds nothing.
 
     Source: the multi-scale gradient matching of MegaDepth (Li and Snavely 2018) and MiDaS, as VGGT's training code
     counts it.
     """
-    total = residual.new_zeros(())
+    total = residual.new_zeros(len(residual))
     for scale in range(scales):
         step = 2**scale
         r, v = residual[..., ::step, ::step], valid[..., ::step, ::step]
         w = None if weights is None else weights[..., ::step, ::step]
+        count = _sum(v).clamp(min=1)
         for axis in (-2, -1):
             pairs = r.shape[axis] - 1
             change = r.diff(dim=axis).abs() * (v.narrow(axis, 0, pairs) & v.narrow(axis, 1, pairs))
             if w is not None:
                 change = change * (w.narrow(axis, 0, pairs) + w.narrow(axis, 1, pairs)) / 2
-            total = total + change.sum() / v.sum().clamp(min=1)
+            total = total + _sum(change) / count
     return total / scales
 
 
@@ -219,7 +236,12 @@ def _masked(valid: Tensor, *maps: Tensor) -> list[Tensor]:
 
 
 def _mean(x: Tensor, valid: Tensor) -> Tensor:
-    return (x * valid).sum() / valid.sum()
+    return _sum(x * valid) / _sum(valid)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of each scene: over all axes but the first."""
+    return x.flatten(1).sum(1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 
 from moe3d_deploy import strict_json
 from moe3d_deploy.errors import CheckpointError, InputError
+from moe3d_deploy.machine import usable_cores
 
 TRAINED_PARTS = ("head", "all")
-AMP = ("off", "bf16", "bf16-heads", "fp16", "fp16-heads")
+AMP = ("off", "bf16", "bf16-heads")
 OPTIMIZERS = ("adamw", "muon")
 DEPTH_LOSSES = ("l2", "log", "nll", "vggt")
 FEATURE_CACHES = ("auto", "memory", "disk", "off")
@@ -49,13 +50,15 @@ class TrainOptions:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999  # decay of the average of the weights
     compile: bool = False  # the transformer blocks, by torch
-    amp: str = "off"  # 16 bits in the backbone; "...-heads": in the depth head too
+    amp: str = "off"  # bfloat16 in the backbone; "bf16-heads": in the depth head too
 
     depth_loss: str = "l2"
     depth_weight: float = 1.0
     camera_weight: float = 1.0  # not used where the camera head is frozen
     entropy_weight: float = 0.0  # the paper's gate collapses from 1e-3 on
     gradient_weight: float = 1.0  # of "vggt" and "log": the gradient term beside the error
+    point_weight: float = 0.0  # of the points that a patch's tokens tell, see `training.aids`
+    match_weight: float = 0.0  # of the matches that attention finds
     temperature: tuple[float, float] = (1.0, 1.0)  # of the gate, at the first and the last step
 
     shapes: tuple[tuple[int, int], ...] = ((126, 168),)  # (height, width) in pixels; one of them per step
@@ -70,7 +73,7 @@ class TrainOptions:
 
     scene_cache: str | None = field(default=None, metadata=_ANY_TIME)  # folder
     scene_cache_gb: float = field(default=20.0, metadata=_ANY_TIME)
-    workers: int = field(default=1, metadata=_ANY_TIME)
+    workers: int | None = field(default=None, metadata=_ANY_TIME)  # None: see `workers_for`
     device: str = field(default="auto", metadata=_ANY_TIME)
     save_every: int = field(default=500, metadata=_ANY_TIME)  # steps
     log_every: int = field(default=10, metadata=_ANY_TIME)
@@ -91,6 +94,15 @@ class TrainOptions:
     @property
     def warmup_steps(self) -> int:
         return self.steps // 20 if self.warmup is None else self.warmup
+
+    def workers_for(self, device: str, processes: int) -> int:
+        """Processes that make samples for each of `processes` that train on this machine, on "cpu" or "cuda".
+
+        Unless given, one where the CPU trains; where a GPU does, which takes more than one can make, all cores but one.
+        """
+        if self.workers is not None:
+            return self.workers
+        return 1 if device == "cpu" else max(1, (usable_cores() - 1) // processes)
 
     @property
     def repeats_samples(self) -> bool:
@@ -159,7 +171,7 @@ def _plain(value: Any) -> Any:
 _POSITIVE = ("steps", "batch", "accumulate", "learning_rate", "clip", "save_every", "log_every")
 _NOT_NEGATIVE = (
     "seed", "final_rate", "weight_decay", "depth_weight", "camera_weight", "entropy_weight", "gradient_weight",
-    "scene_cache_gb", "workers", "validate_every",
+    "point_weight", "match_weight", "scene_cache_gb", "workers", "validate_every",
 )  # fmt: skip
 _CHOICES = {
     "train": TRAINED_PARTS, "optimizer": OPTIMIZERS, "amp": AMP, "depth_loss": DEPTH_LOSSES,
@@ -181,7 +193,7 @@ def _check(o: TrainOptions) -> None:
     for name in _POSITIVE:
         require(getattr(o, name) > 0, f"{name} must be positive, got {getattr(o, name)}")
     for name in _NOT_NEGATIVE:
-        require(getattr(o, name) >= 0, f"{name} must not be negative, got {getattr(o, name)}")
+        require((getattr(o, name) or 0) >= 0, f"{name} must not be negative, got {getattr(o, name)}")
     require(o.batch % o.accumulate == 0, f"batch {o.batch} cannot be split into {o.accumulate} equal micro-batches")
     require(0 <= o.ema < 1, f"ema must be in [0, 1), got {o.ema}")
     require(o.final_rate <= 1, f"final_rate is a share of the learning rate, at most 1, got {o.final_rate}")
@@ -200,5 +212,7 @@ def _check(o: TrainOptions) -> None:
     require(o.minutes is None or o.minutes > 0, f"minutes must be positive, got {o.minutes}")
     require(not (o.from_scratch and o.train == "head"),
             "a head on a backbone from scratch learns nothing that lasts; use --train all")  # fmt: skip
-    require(not (o.train == "head" and o.amp.endswith("-heads")),
-            f"amp {o.amp}: a head alone is trained in float32; use {o.amp.removesuffix('-heads')}")  # fmt: skip
+    require(not (o.train == "head" and (o.point_weight or o.match_weight)),
+            "point_weight and match_weight teach the backbone, which stays as it is; use --train all")  # fmt: skip
+    require(not (o.train == "head" and o.amp == "bf16-heads"),
+            "amp bf16-heads: a head alone is trained in float32; use bf16")  # fmt: skip

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,11 @@ from moe3d_deploy.files import atomic_write
 from moe3d_deploy.training.scenes import GENERATOR_VERSION, SceneOptions, render_scene
 
 _CHECKSUM = "crc32"
+
+# A process counts the folder's bytes again when it has added this share of the room that it found: so 64 of them do not
+# overfill it together, and the counting stays a small part of the work.
+_SHARE = 1 / 64
+_BLIND = 256  # scenes that a process does not try to keep once the folder is full
 
 
 class StoredScene(NamedTuple):
@@ -47,7 +52,11 @@ class SceneStore:
 
     options: SceneOptions
     folder: Path | None = None
-    limit_bytes: int = 20 << 30
+    limit_bytes: int = 20_000_000_000
+    room: "_Room" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "room", _Room(self.limit_bytes))
 
     def get(self, seed: int) -> tuple[StoredScene, list[str]]:
         """The scene of `seed`, and what a person should know: a file that was damaged, a full disk, a full cache.
@@ -66,7 +75,7 @@ class SceneStore:
             notes.append(f"{path}: damaged ({error}); rendered again")
         scene = self._rendered(seed)
         data = _serialise(scene)
-        if _bytes_below(self.folder) + len(data) > self.limit_bytes:
+        if not self.room.take(self.folder, len(data)):
             limit = f"{self.limit_bytes / 1e9:g} GB"
             return scene, [*notes, f"scene cache {self.folder} is full ({limit}); further scenes are not kept"]
         try:
@@ -123,6 +132,27 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
     for name in StoredScene._fields:
         total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, total)
     return total
+
+
+class _Room:
+    """What may still be written below a folder, without a look at all of its files each time."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._found = self._added = self._blind = 0
+
+    def take(self, folder: Path, size: int) -> bool:
+        """Whether a file of `size` bytes has room; it is then counted."""
+        if self._blind:
+            self._blind -= 1
+            return False
+        if self._added + size > _SHARE * self._found:
+            self._found, self._added = self._limit - _bytes_below(folder), 0
+            if size > self._found:
+                self._blind = _BLIND
+                return False
+        self._added += size
+        return True
 
 
 def _bytes_below(folder: Path) -> int:

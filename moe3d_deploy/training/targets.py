@@ -30,15 +30,23 @@ def normalised_targets(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) ->
 
     Raises InputError for a scene without a valid pixel, or with a camera that is not finite, and names its index.
     """
+    targets = unchecked_targets(depth, extrinsics, intrinsics)
+    _require_scale(targets.scale, targets.valid.sum((1, 2, 3)))
+    return targets
+
+
+def unchecked_targets(depth: Tensor, extrinsics: Tensor, intrinsics: Tensor) -> Targets:
+    """`normalised_targets` without a look at the result, for which the program would have to wait for a GPU.
+
+    A scene that it would refuse comes out with NaN.
+    """
     with torch.no_grad():
         valid = depth.isfinite() & (depth > 0)
         depth = torch.where(valid, depth, 0)
         relative = _from_first_camera(extrinsics)
         points = unproject(depth, relative.to(depth.dtype), intrinsics.to(depth.dtype))
         distance = torch.where(valid, points.norm(dim=-1), 0)
-        count = valid.sum((1, 2, 3))
-        scale = distance.sum((1, 2, 3)) / count
-        _require_scale(scale, count)
+        scale = distance.sum((1, 2, 3)) / valid.sum((1, 2, 3))
         relative[..., 3] /= scale[:, None, None]
         height, width = depth.shape[-2:]
         pose_enc = pose_encoding(relative, intrinsics, height, width).to(depth.dtype)
@@ -55,7 +63,7 @@ def pose_encoding(extrinsics: Tensor, intrinsics: Tensor, height: int, width: in
     """
     rotation, translation = extrinsics[..., :3], extrinsics[..., 3]
     k = intrinsics.to(extrinsics.dtype)
-    half = k.new_tensor([height / 2, width / 2])
+    half = torch.stack([k.new_full((), pixels / 2) for pixels in (height, width)])  # made where k is
     fov = 2 * torch.atan2(half, torch.stack([k[..., 1, 1], k[..., 0, 0]], dim=-1))
     return torch.cat([translation, _quaternion(rotation), fov], dim=-1)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe3d_deploy.checkpoint import WeightSource, load_model, save_checkpoint
 from moe3d_deploy.config import ModelConfig
-from moe3d_deploy.errors import CheckpointError
+from moe3d_deploy.errors import CheckpointError, InputError
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.training.compiled import compile_blocks
 from moe3d_deploy.training.ema import Ema
@@ -40,15 +40,12 @@ class Trainee:
         self.features: FeatureCache | None = None
         if options.train == "head":
             self.features = FeatureCache.choose(options, source.config, self.digest, folder.path / "features")
-        self.loss = SceneLoss(self.model, options, self.features.levels if self.features else None)
+        self.loss = SceneLoss(self.model, options, self.features.levels if self.features else None).to(device)
+        if self.loss.aids is not None:
+            self.trained |= {f"aids.{name}": parameter for name, parameter in self.loss.aids.named_parameters()}
         self.optimizers = Optimizers(self.trained, options)
         self.ema = Ema(self.model, options.ema)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=options.amp.startswith("fp16"))
         self.temperature = options.temperature[0]
-
-    @property
-    def scales(self) -> bool:
-        return bool(self.scaler.is_enabled())
 
     @property
     def learning_rate(self) -> float:
@@ -56,26 +53,20 @@ class Trainee:
 
     def describe(self) -> str:
         count = sum(p.numel() for p in self.trained.values())
-        what = "experts and gate" if self.options.train == "head" else "all"
+        head = "experts and gate" if self.source.config.moe else "the last two convolutions of the depth head"
+        what = head if self.options.train == "head" else "all"
         text = f"{what}, {count / 1e6:.3g} M parameters, {self.options.steps} steps on {self.device}"
         return f"{text}; features {self.features.describe()}" if self.features else text
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
-    def clip(self) -> float:
-        """Limit the gradient's norm, and return what it was."""
-        for optimizer in self.optimizers.parts:
-            self.scaler.unscale_(optimizer)
-        return float(nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip))
-
-    def update(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> Tensor:
+        """A step along the gradient, limited to `options.clip`; its norm as it was, still on the device."""
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip)
         self.optimizers.learning_rate = learning_rate
         for optimizer in self.optimizers.parts:
-            self.scaler.step(optimizer)
-        self.scaler.update()
+            optimizer.step()
         self.optimizers.zero_grad()
         self.ema.update(self.model)
+        return norm
 
     @contextmanager
     def averaged(self) -> Iterator[MoE3D]:
@@ -95,7 +86,7 @@ class Trainee:
             "options": self.options.to_dict(),
             "source_sha256": self.digest,
             "ema_updates": average["updates"],
-            "scaler": self.scaler.state_dict(),
+            "config": self.source.config.to_dict(),
             "temperature": self.temperature,
         }
         save_state(self.folder.state, State(step, tensors, values))
@@ -106,11 +97,23 @@ class Trainee:
         if state is None:
             return 0
         where = f"{self.folder.state}/step-{state.step:08d}"
+        try:
+            self._take_over(state, where)
+        except (KeyError, InputError) as error:
+            what = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{where} is not of this version ({what}); remove it, or choose another folder"
+            ) from error
+        return state.step
+
+    def _take_over(self, state: State, where: str) -> None:
+        """Raises CheckpointError for another run's state, KeyError and InputError for one that lacks something."""
         stored = TrainOptions.from_dict(state.values["options"])
         if name := stored.first_difference(self.options):
             raise CheckpointError(f"{where} is of a run with another {name}; remove it, or choose another folder")
-        if state.values["source_sha256"] != self.digest:
-            what = "sizes" if self.options.from_scratch else "weights"
+        config = self.source.config.to_dict()
+        if state.values["source_sha256"] != self.digest or state.values.get("config", config) != config:
+            what = "sizes" if self.options.from_scratch or state.values["source_sha256"] == self.digest else "weights"
             raise CheckpointError(
                 f"{where} was trained from other {what} than {self.source.name} now holds; bring those back, or start "
                 f"a new phase: moe3d train {self.folder.checkpoint} -o OTHER"
@@ -127,12 +130,10 @@ class Trainee:
             self.optimizers.restore(part(state.tensors, "optimizer."))
         average = {"updates": state.values["ema_updates"], "average": part(state.tensors, "ema.")}
         self.ema.load_state_dict(average)
-        self.scaler.load_state_dict(state.values["scaler"])
         self.temperature = state.values["temperature"]
         torch.set_rng_state(state.tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
-        return state.step
 
     def save_checkpoint(self, step: int) -> None:
         """The averaged weights as a checkpoint folder."""

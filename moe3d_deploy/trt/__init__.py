@@ -6,6 +6,7 @@ TensorRT-RTX aborts the process when one is.
 """
 
 from moe3d_deploy.trt.builder import BuiltEngine, build_engine
+from moe3d_deploy.trt.features import BuildFlags, check_flags, check_targets, check_version, knows_opset
 from moe3d_deploy.trt.installed import (
     RTX_CAPABILITIES,
     Capability,
@@ -22,6 +23,7 @@ from moe3d_deploy.trt.watch import Progress
 
 __all__ = [
     "RTX_CAPABILITIES",
+    "BuildFlags",
     "BuiltEngine",
     "Capability",
     "EngineRunner",
@@ -30,6 +32,10 @@ __all__ = [
     "Progress",
     "available",
     "build_engine",
+    "check_flags",
+    "check_targets",
+    "check_version",
+    "knows_opset",
     "load",
     "require",
     "target_capabilities",

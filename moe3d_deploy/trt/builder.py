@@ -10,12 +10,15 @@ from typing import Any
 
 from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.trt import installed
+from moe3d_deploy.trt.features import BuildFlags, apply_flags, check_flags
 from moe3d_deploy.trt.installed import Capability
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, input_shapes, network_facts, parse
+from moe3d_deploy.trt.timing import save_timing_cache, set_timing_cache
 from moe3d_deploy.trt.watch import Messages, Progress, Watch, one_line, reason
 
 _PARSING = "Parsing the model"
 _WRITING = "Writing the engine"
+_DEFAULTS = BuildFlags()
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,21 @@ class BuiltEngine:
 def build_engine(
     onnx_path: str | os.PathLike[str],
     out_path: str | os.PathLike[str],
-    profile: ImageProfile,
+    profiles: ImageProfile | Sequence[ImageProfile],
     *,
     builder: str,
     compute_capabilities: Sequence[Capability] | None = None,
+    flags: BuildFlags = _DEFAULTS,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
-    workspace_bytes: int | None = None,
-    tf32: bool = False,
     log: Callable[[str], None] | None = None,
 ) -> BuiltEngine:
     """Build an engine in this process and write it to `out_path`; external weights are read from beside the ONNX file.
 
     out_path               a temporary name: the caller renames it, or removes what an error has left there
+    profiles               one or several, in the engine's order
     compute_capabilities   TensorRT-RTX: (major, minor) of each GPU to build for, default RTX_CAPABILITIES;
                            TensorRT builds for this machine's GPU and takes none
-    tf32                   let float32 matmuls and convolutions use TF32; without it fp32 means fp32
     cancelled              asked after every step; True ends the build with EngineError
     log                    receives each message as it comes
 
@@ -72,7 +74,9 @@ def build_engine(
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an ONNX file")
     trt = installed.load(builder)
+    check_flags(builder, str(trt.__version__), flags, gpu=bool(installed.visible_gpus()))
     capabilities = installed.resolve_capabilities(trt, builder, compute_capabilities)
+    wanted = profiles if isinstance(profiles, Sequence) else (profiles,)
     watch = Watch(progress, cancelled)
     messages = Messages(lambda line: watch.guard(log, line))
     from polygraphy.exception import PolygraphyException
@@ -85,10 +89,10 @@ def build_engine(
             watch.step(_PARSING, 0)
             parsed = time.perf_counter()
             facts = network_facts(trt, network[1])
-            shapes = input_shapes(trt, network[1], profile, path.name)
-            config = _config(trt, builder, capabilities, shapes, watch, workspace_bytes, tf32)
+            shapes = [input_shapes(trt, network[1], profile, path.name) for profile in wanted]
+            config = _config(trt, builder, capabilities, shapes, watch, flags)
             with _PlanFile(Path(out_path)) as plan:
-                _serialize(trt, network, config, plan, watch)
+                _serialize(trt, network, config, plan, watch, flags.timing_cache)
                 watch.raise_if_stopped(path.name)
                 plan.sync()
             watch.step(_WRITING, 0)
@@ -120,10 +124,9 @@ def _config(
     trt: Any,
     builder: str,
     capabilities: tuple[Capability, ...],
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Sequence[tuple[tuple[int, ...], ...]],
     watch: Watch,
-    workspace_bytes: int | None,
-    tf32: bool,
+    flags: BuildFlags,
 ) -> Callable[[Any, Any], Any]:
     """Polygraphy's loader: config(builder, network) gives the builder's configuration."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
@@ -141,28 +144,31 @@ def _config(
         def phase_finish(self, phase_name: str) -> None:
             pass
 
-    def set_tf32(builder: Any, network: Any, config: Any) -> None:  # on by default in both libraries
-        (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
+    def set_flags(_: Any, network: Any, config: Any) -> None:
+        apply_flags(trt, builder, config, flags)
+        if flags.timing_cache is not None:
+            set_timing_cache(config, Path(flags.timing_cache), installed.title(builder))
 
     options: dict[str, Any] = {
-        "profiles": [Profile().add("images", *shapes)],
+        "profiles": [Profile().add("images", *sizes) for sizes in shapes],
         "progress_monitor": Monitor(),
     }
-    if workspace_bytes is not None:
-        options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: workspace_bytes}
     if builder == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
         create = CreateConfigRTX(compute_capabilities=list(capabilities), **options)
     else:
         create = CreateConfig(**options)
-    return PostprocessConfig(create, func=set_tf32)
+    return PostprocessConfig(create, func=set_flags)
 
 
-def _serialize(trt: Any, network: Any, config: Callable[[Any, Any], Any], plan: "_PlanFile", watch: Watch) -> None:
+def _serialize(
+    trt: Any, network: Any, create: Callable[[Any, Any], Any], plan: "_PlanFile", watch: Watch, timings: str | None
+) -> None:
     """Build into `plan`: in pieces, or, with TensorRT before 10.13, through the whole engine in memory.
 
-    Raises EngineError or PolygraphyException, except for what stopped a stream: that is in `watch`.
+    What was timed goes into the file `timings`. Raises EngineError, InputError or PolygraphyException, except for what
+    stopped a stream: that is in `watch`.
     """
     from polygraphy.backend.trt import engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
@@ -176,12 +182,15 @@ def _serialize(trt: Any, network: Any, config: Callable[[Any, Any], Any], plan: 
         return len(data)
 
     builder, definition, _ = network
+    config = create(builder, definition)
     if hasattr(builder, "build_serialized_network_to_stream"):
         writer = _writer(trt, write, watch)
-        if not builder.build_serialized_network_to_stream(definition, config(builder, definition), writer):
+        if not builder.build_serialized_network_to_stream(definition, config, writer):
             raise PolygraphyException("the builder gave no engine and no reason")
     else:
         write(memoryview(engine_bytes_from_network(network, config=config)).cast("B"))
+    if timings is not None and not watch.stopping:
+        save_timing_cache(config, Path(timings))
 
 
 def _writer(trt: Any, write: Callable[[bytes], int], watch: Watch) -> Any:

@@ -119,7 +119,8 @@ def target_capabilities(builder: str, asked: Sequence[Capability] | None = None)
         if not gpus:
             raise EngineError("TensorRT builds for the GPU of this machine and none is visible; use tensorrt-rtx")
         if asked is not None and list(asked) != gpus[:1]:
-            raise InputError(f"TensorRT builds for this machine's GPU, {gpus[0]}, alone; leave capabilities out")
+            here = "sm{}{}".format(*gpus[0])
+            raise InputError(f"TensorRT builds for this machine's GPU, {here}, alone; leave --target out")
         return (gpus[0],)
     return RTX_CAPABILITIES if asked is None else tuple(dict.fromkeys((major, minor) for major, minor in asked))
 
