@@ -1,16 +1,17 @@
 """A trained checkpoint of moe3d-tiny becomes the package data that the preset means.
 
-    python -m moe3d_deploy.benchmarks.ship_weights run/checkpoint --facts facts.json
+    python -m moe3d_deploy.benchmarks.ship_weights --phase first --phase second second/checkpoint
 
-Writes moe3d_deploy/weights/moe3d-tiny.safetensors in float16 and the JSON beside it. The training options come from the
-run that the checkpoint lies in; FACTS is a JSON object of what else there is to say, such as machine and hours. What
-float16 changes is judged on held-out scenes and goes into the JSON.
+Writes moe3d_deploy/weights/moe3d-tiny.safetensors in float16 and the JSON beside it, with the options, samples and
+hours of each phase of the training, and the machine, which is taken to be this one. FACTS is a JSON object of what else
+there is to say. What float16 changes is judged on held-out scenes and goes into the JSON.
 """
 
 import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import click
 
 from moe3d_deploy import shipped_weights, strict_json
 from moe3d_deploy.benchmarks.environment import without_paths
+from moe3d_deploy.benchmarks.training_phases import phase
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.errors import CheckpointError, InputError, require
@@ -26,6 +28,7 @@ from moe3d_deploy.evaluation.compare import Comparison
 from moe3d_deploy.evaluation.measures import measure
 from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.files import atomic_path, sha256_file
+from moe3d_deploy.machine import cpu_name, usable_cores
 from moe3d_deploy.training.run_folder import OPTIONS_FILE
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 PRESET = "moe3d-tiny"
 LICENCE = "Apache-2.0"  # of the package, and so of what it holds; words may follow after a comma
-RESERVED = ("checkpoint", "options")  # what the training facts say by themselves
+RESERVED = ("checkpoint", "phases")  # what the training facts say by themselves
 JUDGED = ("abs_rel", "delta1", "boundary_f1")
 VIEWS = 4  # of a scene that is judged
 LARGEST_CHANGE = 0.01  # of AbsRel, per scene: what the last digit of an AbsRel of 0.081 shows
@@ -45,19 +48,24 @@ _SHOWN = 3  # tensors that rounding moves most
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--phase", "runs", type=click.Path(path_type=Path), multiple=True,
+    help="Folder of a run of the training, in their order; may be repeated.  [default: the run of CHECKPOINT]",
+)  # fmt: skip
 @click.option("--facts", type=click.Path(path_type=Path), help="JSON object that goes into the training facts.")
 @click.option(
     "--judge", type=click.IntRange(min=1), default=16, show_default=True,
     help="Held-out scenes on which the rounded weights are judged.",
 )  # fmt: skip
-def main(checkpoint: Path, facts: Path | None, judge: int) -> None:
+def main(checkpoint: Path, runs: tuple[Path, ...], facts: Path | None, judge: int) -> None:
     """Ship CHECKPOINT, a folder that a training run wrote, as the weights of moe3d-tiny."""
     from moe3d_deploy.checkpoint import open_checkpoint
 
     require("scipy")
     source = open_checkpoint(checkpoint)
     require_shippable(source)
-    training = training_facts(source, checkpoint.resolve().parent / OPTIONS_FILE, facts)
+    own = checkpoint.resolve().parent
+    training = training_facts(source, runs or ((own,) if (own / OPTIONS_FILE).is_file() else ()), facts)
     change = effect_of_rounding(source, judge)
     require_small(source, change)
     moved = ship(source, training, change)
@@ -70,15 +78,17 @@ def main(checkpoint: Path, facts: Path | None, judge: int) -> None:
     click.echo(f"next         moe3d-export {PRESET} -o bundle --verify-quality")
 
 
-def training_facts(source: "WeightSource", options: Path, facts: Path | None) -> dict[str, Any]:
-    """What the JSON says of the training: the checkpoint, the run's options where there are any, the user's facts.
+def training_facts(source: "WeightSource", runs: Sequence[Path], facts: Path | None) -> dict[str, Any]:
+    """What the JSON says of the training: the checkpoint, the runs that led to it, the machine, the user's facts.
 
-    No string keeps a folder of this machine. Raises InputError for a file that is no JSON object, and for facts under a
-    name of RESERVED.
+    No string keeps a folder of this machine. Raises InputError for a folder that is no run, a file that is no JSON
+    object, and for facts under a name of RESERVED.
     """
-    told: dict[str, Any] = {"checkpoint": {"origin": source.origin, "sha256": source.sha256()}}
-    if options.is_file():
-        told["options"] = _json_object(options)
+    told: dict[str, Any] = {
+        "checkpoint": {"origin": source.origin, "sha256": source.sha256()},
+        "phases": [phase(run) for run in runs],
+        "machine": f"{usable_cores()} cores of {cpu_name()}",
+    }
     if facts:
         given = _json_object(facts)
         if taken := [key for key in RESERVED if key in given]:

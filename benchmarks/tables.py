@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants, quality
+from moe3d_deploy.benchmarks import activation_memory, coverage_report, mutants, quality, training_phases
 from moe3d_deploy.benchmarks.heads import tables as heads
 from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
 from moe3d_deploy.cli.main import finish
@@ -108,6 +108,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "heads_quality": lambda report: f"{heads.quality_table(report)}\n\n{_machine(report)}",
     "heads_differences": heads.difference_table,
     "heads_finding": heads.finding_text,
+    "model_training": training_phases.phases_table,
     "mutation": lambda report: f"{mutants.table(report)}\n\n{_machine(report)}",
     "equivalents": mutants.equivalents_table,
 }

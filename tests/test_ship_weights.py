@@ -20,6 +20,7 @@ from moe3d_deploy.errors import CheckpointError
 from moe3d_deploy.evaluation import Change, Comparison, evaluate, rendered_scene
 from moe3d_deploy.files import sha256_file
 from moe3d_deploy.runtime.session import Session
+from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.trainee import FROM_SCRATCH_LICENCE
 from moe3d_deploy.weight_sources import VGGT_LICENCE
 
@@ -54,7 +55,8 @@ def test_both_files_are_written_and_are_what_the_preset_means(
     assert told["sha256"] == shipped.sha256() == sha256_file(folder / "moe3d-tiny.safetensors")
     assert told["bytes"] == (folder / "moe3d-tiny.safetensors").stat().st_size
     assert told["parameters"] == sum(trained.tensor(name).numel() for name in trained.shapes())
-    assert told["training"] == {"checkpoint": {"origin": "checkpoint", "sha256": trained.sha256()}}
+    assert told["training"].pop("machine")
+    assert told["training"] == {"checkpoint": {"origin": "checkpoint", "sha256": trained.sha256()}, "phases": []}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "checkpoint   checkpoint (checkpoint)"
     assert lines[2].startswith("judged       AbsRel ")
@@ -132,7 +134,7 @@ def test_the_limit_of_what_float16_may_change(typical: float, refused: bool, tmp
         ship_weights.require_small(source, change)
 
 
-@pytest.mark.parametrize("key", ["options", "checkpoint"])
+@pytest.mark.parametrize("key", ["phases", "checkpoint"])
 def test_facts_cannot_take_the_place_of_what_is_known(
     key: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,16 +155,20 @@ def test_weights_under_the_licence_of_the_package_are_shipped(licence: str, fold
     assert facts(folder)["licence"] == shipped_weights.LICENCE
 
 
-def test_the_runs_options_and_the_given_facts_are_kept_without_folders(folder: Path, tmp_path: Path) -> None:
+def test_the_runs_phase_and_the_given_facts_are_kept_without_folders(folder: Path, tmp_path: Path) -> None:
     checkpoint = trained_checkpoint(tmp_path / "run" / "checkpoint")
-    options = {"source": "/srv/somebody/tiny", "steps": 3, "shapes": [[126, 168]], "scene_cache": "/srv/somebody/pool"}
-    (tmp_path / "run" / "options.json").write_text(json.dumps(options))
+    options = TrainOptions("/srv/somebody/tiny", steps=3, shapes=((126, 168),), scene_cache="/srv/somebody/pool")
+    (tmp_path / "run" / "options.json").write_text(options.to_json())
+    line = {"kind": "step", "step": 3, "samples": 12, "samples_per_second": 2.0}
+    (tmp_path / "run" / "train.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "facts.json").write_text('{"hours": 9.5, "machine": "2 cores", "commands": ["/srv/bin/moe3d train"]}')
 
     assert ship(checkpoint, "--facts", tmp_path / "facts.json") == 0
 
     training = facts(folder)["training"]
-    assert training["options"] == {"source": "tiny", "steps": 3, "shapes": [[126, 168]], "scene_cache": "pool"}
+    (phase,) = training["phases"]
+    assert (phase["steps"], phase["samples"], phase["seconds"]) == (3, 12, 6)
+    assert phase["options"] == options.to_dict() | {"source": "tiny", "scene_cache": "pool"}
     assert (training["hours"], training["machine"], training["commands"]) == (9.5, "2 cores", ["moe3d train"])
     assert training["checkpoint"]["origin"] == "checkpoint"
 
