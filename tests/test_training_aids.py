@@ -154,6 +154,30 @@ def test_a_run_with_aids_learns_resumes_to_the_bit_and_keeps_them_to_itself(chec
     assert not any("readout" in name for name in weights_of(tmp_path / "run"))
 
 
+def test_a_backbone_run_leaves_the_depth_head_as_it_was(checkpoint: Path, tmp_path: Path) -> None:
+    options = short(
+        checkpoint, train="backbone", from_scratch=False, views=(2, 2), point_weight=0.5, match_weight=0.5,
+        validate_every=6, validation_scenes=1, amp="bf16",
+    )  # fmt: skip
+    run(options, tmp_path / "run")
+
+    before, after = open_checkpoint(checkpoint), weights_of(tmp_path / "run")
+    changed = {name for name in before.shapes() if not torch.equal(before.tensor(name), after[name])}
+    assert {name.split(".")[0] for name in changed} == {"aggregator", "camera_head"}
+    (line,) = read_log(tmp_path / "run" / "train.jsonl", "validation")
+    assert line.keys() == {"kind", "step", "auc30"}
+    step = read_log(tmp_path / "run" / "train.jsonl", "step")[-1]
+    assert {"camera", "camera_translation", "point", "match"} <= step.keys()
+    assert "depth" not in step
+
+
+def test_a_backbone_learns_nothing_of_depth_without_points(checkpoint: Path) -> None:
+    with pytest.raises(
+        InputError, match="train backbone has no depth head to learn depth from; give it a point"
+    ):
+        short(checkpoint, train="backbone", from_scratch=False)
+
+
 def test_aids_are_refused_where_the_backbone_does_not_change(checkpoint: Path) -> None:
     with pytest.raises(InputError, match="point_weight and match_weight teach the backbone"):
         short(checkpoint, train="head", from_scratch=False, match_weight=0.1)

@@ -212,8 +212,8 @@ def test_a_model_with_merged_experts_is_refused() -> None:
 
 def test_unknown_part_and_images_or_levels_that_do_not_fit_are_refused() -> None:
     model = model_of()
-    with pytest.raises(InputError, match="train 'backbone' is unknown; choose from head, all"):
-        trainable_parameters(model, "backbone")
+    with pytest.raises(InputError, match="train 'neck' is unknown; choose from head, backbone, all"):
+        trainable_parameters(model, "neck")
     with pytest.raises(InputError, match="30x28 is not a multiple of 14"):
         training_forward(model, torch.zeros(1, 1, 3, 28, 30))
     levels = frozen_levels(model, random_images(*SHAPE))

@@ -51,8 +51,8 @@ def test_json_of_something_else_is_refused(values: Any, text: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("changes", "text"), [
-    ({"train": "tail"}, "train must be one of head, all, got 'tail'"),
-    ({"amp": "bf16-heads"}, "amp bf16-heads: a head alone is trained in float32; use bf16"),
+    ({"train": "tail"}, "train must be one of head, backbone, all, got 'tail'"),
+    ({"amp": "bf16-heads"}, "amp bf16-heads: --train head leaves the depth head's body alone; use bf16"),
     ({"amp": "fp16"}, "amp must be one of off, bf16, bf16-heads, got 'fp16'"),
     ({"workers": -1}, "workers must not be negative, got -1"),
     ({"steps": 0}, "steps must be positive, got 0"),

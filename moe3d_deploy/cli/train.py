@@ -47,7 +47,9 @@ def _switch(name: str, help: str) -> Any:
     "-o", "--output", required=True, metavar="RUN", type=click.Path(path_type=Path), help="Folder of the run."
 )
 @click.option("--resume", is_flag=True, help="Go on with the run in RUN as it is; SOURCE and options come from there.")
-@_option("train", "What is trained: experts and gate, or everything.", type=click.Choice(TRAINED_PARTS))
+@_option(
+    "train", "What is trained: experts and gate, all but the depth head, or all.", type=click.Choice(TRAINED_PARTS)
+)
 @click.option(
     "--from-scratch", is_flag=True, default=None, help="Start from fresh weights; of SOURCE only the sizes count."
 )

@@ -14,6 +14,7 @@ from moe3d_deploy.model.experts import mix
 from moe3d_deploy.training.options import TRAINED_PARTS
 
 _NEVER_TRAINED = ("point_head.", "aggregator.patch_embed.mask_token")  # no loss reads them
+_BACKBONE = ("aggregator.", "camera_head.")
 _LAST_STAGE = ("depth_head.experts.", "depth_head.gate.", "depth_head.scratch.output_conv2.")
 
 
@@ -32,15 +33,17 @@ class Outputs(NamedTuple):
 def trainable_parameters(model: MoE3D, train: str = "head") -> dict[str, nn.Parameter]:
     """Set `requires_grad` all over `model`, and return what is trained, by state-dict key in the model's order.
 
-    head   the experts and the gate (of a model without experts: VGGT's last two convolutions of the depth head)
-    all    everything but VGGT's point head and the encoder's mask token, which no loss reads
+    head       the experts and the gate (of a model without experts: VGGT's last two convolutions of the depth head)
+    backbone   encoder, aggregator and camera head, but for the mask token
+    all        everything but VGGT's point head and the encoder's mask token, which no loss reads
     """
     if train not in TRAINED_PARTS:
         raise InputError(f"train {train!r} is unknown; choose from {', '.join(TRAINED_PARTS)}")
     _require_separate(model)
+    prefixes = {"head": _LAST_STAGE, "backbone": _BACKBONE, "all": ("",)}[train]
     chosen = {}
     for name, parameter in model.named_parameters():
-        keep = name.startswith(_LAST_STAGE) if train == "head" else not name.startswith(_NEVER_TRAINED)
+        keep = name.startswith(prefixes) and not name.startswith(_NEVER_TRAINED)
         parameter.requires_grad_(keep)
         if keep:
             chosen[name] = parameter
@@ -58,13 +61,20 @@ def training_forward(
                  training. Activations and the mix are float32 in any case
     """
     _require_separate(model)
-    levels, camera_tokens, grid = model.backbone(images)
-    with _float32(images):
-        poses = model.camera_head(camera_tokens)
+    levels, poses = backbone_forward(model, images)
+    patch = model.config.patch_size
+    grid = Grid(images.shape[-2] // patch, images.shape[-1] // patch)
     with contextlib.nullcontext() if half_dense else _float32(images):
         features = model.depth_head.features(levels, grid)
         outputs = _last_stage(model.depth_head, features, images.shape[1], temperature, poses)
     return outputs._replace(levels=levels)
+
+
+def backbone_forward(model: MoE3D, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The part of `training_forward` that costs the least: levels (B S, P, D) and cameras (B, S, 9) per iteration."""
+    levels, camera_tokens, _ = model.backbone(images)
+    with _float32(images):
+        return levels, model.camera_head(camera_tokens)
 
 
 def frozen_levels(model: MoE3D, images: Tensor) -> list[Tensor]:

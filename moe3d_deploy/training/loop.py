@@ -31,6 +31,9 @@ OnEvent = Callable[[dict[str, Any]], None]
 """Told what happens: {"label", "text"} for a line that stays, {"step", "total", "detail"} for a bar."""
 
 
+_VALIDATED = {"abs_rel": "AbsRel", "delta1": "delta", "auc30": "AUC@30"}
+
+
 class TrainingError(Moe3dError):
     """A training that cannot go on."""
 
@@ -240,9 +243,11 @@ class _Run:
     def _validate(self, scenes: list[Any]) -> None:
         with self.meter.paused(), self.trainee.averaged() as model:
             errors = validate(model, scenes, self.group.device)
+        if self.options.train == "backbone":  # the depth head has not followed
+            errors = {name: value for name, value in errors.items() if name == "auc30"}
         self._write("validation", errors)
-        text = f"AbsRel {errors['abs_rel']:.4f}, delta {errors['delta1']:.4f} on {len(scenes)} held-out scenes"
-        self._line("validation", f"step {self.step}: {text}")
+        text = ", ".join(f"{title} {errors[name]:.4f}" for name, title in _VALIDATED.items() if name in errors)
+        self._line("validation", f"step {self.step}: {text} on {len(scenes)} held-out scenes")
 
     def _save(self) -> None:
         if self.group.is_first:

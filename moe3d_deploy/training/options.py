@@ -16,7 +16,7 @@ from moe3d_deploy import strict_json
 from moe3d_deploy.errors import CheckpointError, InputError
 from moe3d_deploy.machine import usable_cores
 
-TRAINED_PARTS = ("head", "all")
+TRAINED_PARTS = ("head", "backbone", "all")
 AMP = ("off", "bf16", "bf16-heads")
 OPTIMIZERS = ("adamw", "muon")
 DEPTH_LOSSES = ("l2", "log", "nll", "vggt")
@@ -35,7 +35,7 @@ class TrainOptions:
     """
 
     source: str
-    train: str = "head"  # "head": experts and gate alone; "all": every tensor
+    train: str = "head"  # "head": experts and gate alone; "backbone": all but the depth head; "all": every tensor
     from_scratch: bool = False  # torch's usual initialisation; of the source only the config counts
     seed: int = 0
 
@@ -214,5 +214,7 @@ def _check(o: TrainOptions) -> None:
             "a head on a backbone from scratch learns nothing that lasts; use --train all")  # fmt: skip
     require(not (o.train == "head" and (o.point_weight or o.match_weight)),
             "point_weight and match_weight teach the backbone, which stays as it is; use --train all")  # fmt: skip
-    require(not (o.train == "head" and o.amp == "bf16-heads"),
-            "amp bf16-heads: a head alone is trained in float32; use bf16")  # fmt: skip
+    require(not (o.train != "all" and o.amp == "bf16-heads"),
+            f"amp bf16-heads: --train {o.train} leaves the depth head's body alone; use bf16")  # fmt: skip
+    require(not (o.train == "backbone" and not o.point_weight),
+            "train backbone has no depth head to learn depth from; give it a point_weight, such as 0.5")  # fmt: skip

@@ -14,8 +14,8 @@ from moe3d_deploy.model import MoE3D
 from moe3d_deploy.model.dpt import Grid
 from moe3d_deploy.training.aids import Aids
 from moe3d_deploy.training.data import Batch
-from moe3d_deploy.training.forward import Outputs, head_forward, training_forward
-from moe3d_deploy.training.losses import LossOptions, scene_objectives
+from moe3d_deploy.training.forward import Outputs, backbone_forward, head_forward, training_forward
+from moe3d_deploy.training.losses import LossOptions, camera_loss, scene_objectives
 from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.targets import unchecked_targets
 
@@ -42,30 +42,45 @@ class SceneLoss(nn.Module):
         self.aids = Aids(model.config, **weights) if any(weights.values()) else None
         self.options = loss_options(options)
         self.amp = options.amp
+        self.backbone_alone = options.train == "backbone"
 
     def forward(self, batch: Batch, temperature: float) -> Losses:
         targets = unchecked_targets(batch.depth, batch.extrinsics, batch.intrinsics)
-        outputs = self.predict(batch, temperature)
-        per_scene, parts = scene_objectives(outputs, targets, self.options)
+        weights = None
+        if self.backbone_alone:
+            with self._half(batch):
+                levels, poses = backbone_forward(self.model, batch.images)
+            camera, parts = camera_loss(poses, targets.pose_enc, self.options)
+            per_scene, parts = self.options.camera_weight * camera, {"camera": camera.detach(), **_detached(parts)}
+        else:
+            outputs = self.predict(batch, temperature)
+            levels, weights = list(outputs.levels), outputs.weights
+            per_scene, parts = scene_objectives(outputs, targets, self.options)
         if self.aids is not None:
-            aid, of_aids = self.aids(self.model, outputs.levels, self._grid(batch), targets)
+            aid, of_aids = self.aids(self.model, levels, self._grid(batch), targets)
             per_scene, parts = per_scene + aid, parts | of_aids
         means = {name: part.mean() for name, part in parts.items()}
-        usage = None if outputs.weights is None else outputs.weights.detach().float().mean((0, 1, 3, 4))
+        usage = None if weights is None else weights.detach().float().mean((0, 1, 3, 4))
         return Losses(per_scene.mean(), per_scene.detach(), means, usage)
 
     def predict(self, batch: Batch, temperature: float) -> Outputs:
-        half = torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.amp != "off")
         if self.levels is None:
-            with half:
+            with self._half(batch):
                 return training_forward(self.model, batch.images, temperature, half_dense=self.amp == "bf16-heads")
-        with torch.no_grad(), half:
+        with torch.no_grad(), self._half(batch):
             levels = self.levels(self.model, batch)
         return head_forward(self.model, levels, self._grid(batch), temperature)
+
+    def _half(self, batch: Batch) -> torch.autocast:
+        return torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=self.amp != "off")
 
     def _grid(self, batch: Batch) -> Grid:
         patch = self.model.config.patch_size
         return Grid(batch.images.shape[-2] // patch, batch.images.shape[-1] // patch)
+
+
+def _detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.detach() for name, part in parts.items()}
 
 
 def loss_options(options: TrainOptions) -> LossOptions:

@@ -34,7 +34,7 @@ class Trainee:
         self.digest = sha256_text(str(source.config)) if options.from_scratch else source.sha256()
         self.model = new_model(source.config, options.seed) if options.from_scratch else load_model(source)
         self.model.to(device)
-        self.trained = trainable_parameters(self.model, "head" if options.train == "head" else "all")
+        self.trained = trainable_parameters(self.model, options.train)
         if options.compile:
             compile_blocks(self.model, device)
         self.features: FeatureCache | None = None
@@ -54,7 +54,7 @@ class Trainee:
     def describe(self) -> str:
         count = sum(p.numel() for p in self.trained.values())
         head = "experts and gate" if self.source.config.moe else "the last two convolutions of the depth head"
-        what = head if self.options.train == "head" else "all"
+        what = {"head": head, "backbone": "backbone and cameras", "all": "all"}[self.options.train]
         text = f"{what}, {count / 1e6:.3g} M parameters, {self.options.steps} steps on {self.device}"
         return f"{text}; features {self.features.describe()}" if self.features else text
 
