@@ -56,7 +56,12 @@ class SymbolicExpertMix(nn.Module):
         outputs = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{NAME}",
             (hidden, *operands),
-            {"num_experts": self.shape.num_experts, "temperature": merged.temperature, **PLUGIN_ATTRIBUTES},
+            {
+                "num_experts": self.shape.num_experts,
+                "temperature": merged.temperature,
+                "with_weights": int(self.shape.with_weights),  # a plugin is not told how many outputs its node has
+                **PLUGIN_ATTRIBUTES,
+            },
             dtypes=[torch.float32] * len(self.shape.outputs),
             shapes=shapes[: len(self.shape.outputs)],
             version=VERSION,
@@ -153,5 +158,5 @@ def expert_mix_function(shape: ExpertMixShape, opset: int) -> onnx.FunctionProto
         [n(o) for o in shape.outputs],
         body,
         [helper.make_opsetid("", opset)],
-        attributes=["num_experts", "temperature", *PLUGIN_ATTRIBUTES],
+        attributes=["num_experts", "temperature", "with_weights", *PLUGIN_ATTRIBUTES],
     )

@@ -129,7 +129,8 @@ def test_the_expert_mix_is_one_node_with_the_attributes_a_plugin_needs(file: str
     (node,) = mix_nodes(FILES[file]())
     assert node.domain == "moe3d"
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    assert attributes == {"num_experts": 2, "temperature": 0.5, "plugin_version": b"1", "plugin_namespace": b""}
+    plugin = {"plugin_version": b"1", "plugin_namespace": b"", "with_weights": int(outputs == 3)}
+    assert attributes == {"num_experts": 2, "temperature": 0.5, **plugin}
     assert len(node.input) == 5
     assert len(node.output) == outputs
 
