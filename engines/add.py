@@ -1,87 +1,152 @@
-"""Build an engine for a bundle, audit it, and add it there."""
+"""Build an engine for a bundle, or take it from the cache, audit it, and add it there."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle, add_engine, engine_name
 from moe3d_deploy.engines.audit import expected, require_audit
-from moe3d_deploy.engines.build import build, resolve_builder
+from moe3d_deploy.engines.build import build, check_request
+from moe3d_deploy.engines.cache import EngineCache, Entry, engine_key
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Profile
+
+_DEFAULTS = trt.BuildFlags()
 
 
 def add_built_engine(
     bundle: Bundle,
     builder: str,
-    shapes: ShapeProfile,
+    shapes: ShapeProfile | Sequence[ShapeProfile],
     *,
     compute_capabilities: Sequence[trt.Capability] | None = None,
-    workspace_bytes: int | None = None,
+    flags: trt.BuildFlags = _DEFAULTS,
+    cache: EngineCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     on_drop: Callable[[str], None] | None = None,
 ) -> tuple[Bundle, EngineRecord]:
     """Build an engine of `bundle`'s ONNX file for `shapes` and put it into the bundle, replacing one of its name.
 
     builder               tensorrt, tensorrt-rtx or auto
+    shapes                one profile or several
     compute_capabilities  TensorRT-RTX: (major, minor) of each GPU to build for; TensorRT builds for this machine's
-    workspace_bytes       the most scratch memory a layer may take; None leaves it to the builder
+    cache                 where the engine is looked for first and kept afterwards; None builds it in any case
     progress              progress(phase, step, total)
     on_drop               gets the file name of each engine record that went because its file is missing or damaged
 
-    An engine that fails its audit does not enter the bundle; the record's audit has a line for people, `summary`.
-    The bundle stays valid whatever happens. Raises InputError, MissingExtraError, EngineError or BundleError.
+    The builder's messages are beside the engine, `<engine>.log`; those of a build that failed stay in the cache.
+    An engine that fails its audit enters neither bundle nor cache; the record's audit has a line for people, `summary`,
+    and its build says `from_cache`. The bundle stays valid whatever happens.
+    Raises InputError, MissingExtraError, EngineError or BundleError.
     """
+    profiles = (shapes,) if isinstance(shapes, ShapeProfile) else tuple(shapes)
     now = Bundle.open(bundle.path, verify="sizes", engines=False).manifest
     expected(now)  # a precision that no audit knows is refused before the build
-    builder = resolve_builder(builder, opset=now.opset, precision=now.precision)
+    builder = check_request(builder, flags, compute_capabilities, opset=now.opset, precision=now.precision)
     capabilities = trt.target_capabilities(builder, compute_capabilities)
-    planned = _plan(now, builder, capabilities, shapes)
+    planned = _plan(now, builder, capabilities, profiles)
+    final_log = (bundle.path / planned.file).with_suffix(".log")
+    log = final_log.with_name(f".{final_log.stem}.partial-{secrets.token_hex(4)}.log")  # goes like a killed writer's
+
+    def build_here(path: Path, messages: Path) -> dict[str, Any]:
+        return build(
+            bundle.model_path,
+            path,
+            profiles,
+            precision=now.precision,
+            builder=builder,
+            compute_capabilities=capabilities,
+            flags=flags,
+            log_path=messages,
+            progress=progress,
+        )
 
     def write(path: Path, manifest: Manifest) -> EngineRecord:
         if _of_the_model(manifest) != _of_the_model(now):
             raise EngineError(f"bundle {bundle.path} was replaced by another meanwhile; build its engine again")
-        built = build(
-            bundle.model_path,
-            path,
-            shapes,
-            precision=manifest.precision,
-            builder=builder,
-            compute_capabilities=capabilities,
-            workspace_bytes=workspace_bytes,
-            progress=progress,
-        )
+        kept = entry.fetch(path, log) if entry else None
+        if kept is not None:
+            built, audit = kept, require_audit(kept["audit"], manifest)
+        else:
+            with _messages(log, entry) as messages:
+                built = build_here(path, messages)
+                audit = require_audit(built["audit"], manifest)
+            if entry:
+                entry.store(path, built, log)
         return replace(
             planned,
             builder_version=built["builder_version"],
             compute_capabilities=tuple(built["compute_capabilities"]),
             plugin=built["plugin"],
-            audit=require_audit(built["audit"], manifest),
-            build=built["build"],
+            audit=audit,
+            build={**built["build"], "from_cache": kept is not None},
         )
 
-    after = add_engine(bundle.path, planned, write, on_drop=on_drop)
+    with contextlib.ExitStack() as stack:
+        entry: Entry | None = None
+        if cache:
+            key = engine_key(
+                bundle.model_path,
+                profiles,
+                builder=builder,
+                builder_version=planned.builder_version,
+                compute_capabilities=capabilities,
+                flags=flags,
+            )
+            entry = stack.enter_context(cache.entry(key))
+        stack.callback(log.unlink, missing_ok=True)
+        after = add_engine(bundle.path, planned, write, on_drop=on_drop)
+        if log.exists():
+            os.replace(log, final_log)
     record = next(engine for engine in after.manifest.engines if engine.file == planned.file)
     return after, record
 
 
+@contextlib.contextmanager
+def _messages(log: Path, entry: Entry | None) -> Iterator[Path]:
+    """Where a build writes its messages: of a good one they become `log`, of a failed one they stay in the cache."""
+    if entry is None:
+        yield log
+        return
+    place = entry.failed_log
+    try:
+        yield place
+    except EngineError as error:
+        if not place.exists():
+            raise
+        raise EngineError(f"{error}; the builder's messages are in {place}") from error
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    if place.exists():
+        shutil.move(place, log)
+
+
 def _plan(
-    manifest: Manifest, builder: str, capabilities: Sequence[trt.Capability], shapes: ShapeProfile
+    manifest: Manifest, builder: str, capabilities: Sequence[trt.Capability], shapes: Sequence[ShapeProfile]
 ) -> EngineRecord:
     """The record of the engine as far as it is known before the build."""
     version = trt.available()[builder]
     targets = tuple(10 * major + minor for major, minor in capabilities)
-    profile = Profile(shapes.min, shapes.opt, shapes.max)
+    profiles = tuple(Profile(shape.min, shape.opt, shape.max) for shape in shapes)
     short = ".".join(version.split(".")[:3])
+    name = engine_name(
+        manifest.name, profiles[0], manifest.precision, targets, builder, short, more_profiles=profiles[1:]
+    )
     return EngineRecord(
-        file="engines/" + engine_name(manifest.name, profile, manifest.precision, targets, builder, short),
+        file="engines/" + name,
         builder=builder,
         builder_version=version,
         compute_capabilities=targets,
         precision=manifest.precision,
-        profiles=(profile,),
+        profiles=profiles,
     )
 
 

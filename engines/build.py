@@ -3,14 +3,16 @@
 TensorRT-RTX spends most of a build in one call that nothing interrupts; the process around it can be ended.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import re
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from moe3d_deploy.machine import cpu_name
 
 REPEAT_SECONDS = 1.0  # the last progress is told again this often, so that a long step shows life
 _THROTTLE_SECONDS = 0.05
-_ATTENTION_TENSORRT = (10, 14)  # the first that knows attention as an operator
+_DEFAULTS = trt.BuildFlags()
+_PACKAGES = re.compile(r"/[^'\"\s]*/(?:site|dist)-packages/")
 _DTYPES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16"}
 
 
@@ -34,18 +37,20 @@ class _BuilderDied(EngineError):
 def build(
     onnx_path: str | os.PathLike[str],
     out_path: str | os.PathLike[str],
-    profile: ShapeProfile,
+    profiles: ShapeProfile | Sequence[ShapeProfile],
     *,
     precision: str,
     builder: str = "auto",
     compute_capabilities: Sequence[trt.Capability] | None = None,
-    workspace_bytes: int | None = None,
-    tf32: bool = False,
+    flags: trt.BuildFlags = _DEFAULTS,
+    log_path: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Build an engine into `out_path`, a temporary name the caller renames, and return its record for the manifest.
 
+    profiles    one or several, all of one patch size
     precision   what the graph was exported with; recorded, never turned into a builder flag
+    log_path    file for the builder's messages, line by line as they come; it stays whatever happens
     progress    progress(phase, step, total) in this thread, at least every REPEAT_SECONDS; raise in it to cancel
 
     The record has builder, builder_version, compute_capabilities (89 is 8.9), precision, profiles, plugin, audit and
@@ -57,17 +62,16 @@ def build(
     builder = resolve_builder(builder)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file; give an ONNX file")
-    if workspace_bytes is not None and workspace_bytes < 1:
-        raise InputError(f"workspace of {workspace_bytes} bytes: give a positive number, or none for the builder's own")
+    wanted = (profiles,) if isinstance(profiles, ShapeProfile) else tuple(profiles)
     request = {
         "onnx_path": str(onnx_path.absolute()),
         "out_path": str(out_path.absolute()),
-        "profile": profile.as_dict(),
-        "patch_size": profile.patch_size,
+        "profiles": [profile.as_dict() for profile in wanted],
+        "patch_size": wanted[0].patch_size,
         "builder": builder,
         "compute_capabilities": compute_capabilities and list(compute_capabilities),
-        "workspace_bytes": workspace_bytes,
-        "tf32": tf32,
+        "flags": dataclasses.asdict(flags),
+        "log_path": None if log_path is None else str(Path(log_path).absolute()),
     }
     last: dict[str, Any] = {"phase": "start", "peak_bytes": 0}
 
@@ -86,12 +90,12 @@ def build(
             raise EngineError(
                 f"{onnx_path.name}: {error}. {trt.title(builder)} was at {last['phase']!r} with "
                 f"{last['peak_bytes'] / 1e9:.1f} GB; if memory ran short, lower the largest shape "
-                f"({'x'.join(map(str, profile.max))})"
+                f"({'x'.join(map(str, max((profile.max for profile in wanted), key=math.prod)))})"
             ) from None
         raise
     record = child.value
     record["precision"] = precision
-    record["build"] |= {"seconds": round(child.seconds, 3), "peak_bytes": child.peak_bytes}
+    record["build"] |= {"seconds": round(child.seconds, 3), "peak_bytes": child.peak_bytes, "from_cache": False}
     return record
 
 
@@ -111,7 +115,7 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
     if builder == "auto":
         installed = trt.available()
         usable = "tensorrt" in installed and bool(trt.visible_gpus())
-        if usable and _knows(installed["tensorrt"], opset):
+        if usable and _can_build("tensorrt", installed["tensorrt"], opset):
             builder = "tensorrt"
         elif "tensorrt-rtx" in installed:
             builder = "tensorrt-rtx"
@@ -121,45 +125,69 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
             reason = "TensorRT is installed but sees no GPU" if installed else "TensorRT is not installed"
             raise EngineError(f"{reason}; build without a GPU with TensorRT-RTX: pip install 'moe3d-deploy[rtx]'")
     trt.require(builder)
-    if builder == "tensorrt" and not _knows(version := trt.available()[builder], opset):
-        needed = ".".join(map(str, _ATTENTION_TENSORRT))
+    version = trt.available()[builder]
+    trt.check_version(builder, version)
+    if not trt.knows_opset(builder, version, opset):
         raise EngineError(
-            f"TensorRT {version} does not know opset {opset}, whose attention operator came with {needed}: update it, "
+            f"TensorRT {version} does not know opset {opset}, whose attention operator came with 10.14: update it, "
             "or export with --opset 20"
         )
     return builder
 
 
-def _knows(version: str, opset: int) -> bool:
-    return opset < ATTENTION_OPSET or tuple(map(int, version.split(".")[:2])) >= _ATTENTION_TENSORRT
+def check_request(
+    builder: str,
+    flags: trt.BuildFlags,
+    compute_capabilities: Sequence[trt.Capability] | None,
+    *,
+    opset: int = 20,
+    precision: str = "fp16",
+) -> str:
+    """`resolve_builder`, and whether that version has all that is asked of it; neither loads a library.
+
+    Raises InputError, MissingExtraError or EngineError; the message says which version has what is missing.
+    """
+    builder = resolve_builder(builder, opset=opset, precision=precision)
+    version = trt.available()[builder]
+    trt.check_flags(builder, version, flags, gpu=bool(trt.visible_gpus()))
+    if builder == "tensorrt-rtx":
+        trt.check_targets(version, compute_capabilities or ())
+    return builder
+
+
+def _can_build(builder: str, version: str, opset: int) -> bool:
+    with contextlib.suppress(EngineError):
+        trt.check_version(builder, version)
+        return trt.knows_opset(builder, version, opset)
+    return False
 
 
 def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """The other side of `build`: write the plan, return the record without precision and wall time."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing here is worth a slow goodbye
-    profile = ShapeProfile.from_dict(request["profile"], request["patch_size"])
-    capabilities = request["compute_capabilities"]
-    with _Reporter(emit) as reporter:
+    profiles = [ShapeProfile.from_dict(profile, request["patch_size"]) for profile in request["profiles"]]
+    capabilities, flags = request["compute_capabilities"], trt.BuildFlags(**request["flags"])
+    with _log_file(request) as log, _Reporter(emit) as reporter:
         engine = trt.build_engine(
             Path(request["onnx_path"]),
             Path(request["out_path"]),
-            profile,
+            profiles,
             builder=request["builder"],
             compute_capabilities=capabilities and [tuple(pair) for pair in capabilities],
+            flags=flags,
             progress=reporter.progress,
-            workspace_bytes=request["workspace_bytes"],
-            tf32=request["tf32"],
+            log=log,
         )
     return {
         "builder": engine.builder,
         "builder_version": engine.builder_version,
         "compute_capabilities": [10 * major + minor for major, minor in engine.compute_capabilities],
-        "profiles": [profile.as_dict()],
+        "profiles": [profile.as_dict() for profile in profiles],
         "plugin": {"layers": list(engine.facts.plugins)} if engine.facts.plugins else None,
         "audit": {
-            "tf32": request["tf32"],
+            "tf32": flags.tf32,
             "network": dataclasses.asdict(engine.facts),
-            "compiled": compiled_layers(engine.listing),
+            "compiled": compiled_layers(engine.listing, len(profiles)),
             "activation_memory_bytes": list(engine.activation_memory_bytes),
             "executed": False,
         },
@@ -168,18 +196,36 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "build_seconds": round(engine.build_seconds, 3),
             "plan_bytes": engine.plan_bytes,
             "host_cpu": cpu_name(),
+            "flags": flags.asked(),
         },
     }
 
 
-def compiled_layers(listing: str) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _log_file(request: dict[str, Any]) -> Iterator[Callable[[str], None] | None]:
+    """Write messages to the request's log file, without the folders of this machine: a bundle travels."""
+    if request["log_path"] is None:
+        yield None
+        return
+    folder = f"{Path(request['onnx_path']).parent}/"
+    with open(request["log_path"], "wb", buffering=0) as file:  # with a buffer, closing fails where writing did
+
+        def write(line: str) -> None:
+            with contextlib.suppress(OSError):  # on a full disk it is the engine that says so
+                file.write(_PACKAGES.sub("", line.replace(folder, "")).encode("utf-8", "replace") + b"\n")
+
+        yield write
+
+
+def compiled_layers(listing: str, profiles: int = 1) -> dict[str, Any] | None:
     """Count the layers TensorRT-RTX lists after compiling, which it does without a GPU; None without a listing.
 
     A listing in which no layer is found counts as one with none: it must not pass for an engine nobody can see into.
 
     layers            kind (gemm, correlation = convolution, kgen = generated kernel, ...) -> type of the first
                       input -> count
-    fused_attention   kernels that hold a whole attention, both matmuls and the softmax
+    fused_attention   kernels that hold a whole attention, both matmuls and the softmax; with several profiles, which
+                      are compiled one by one, those of the profile that has the fewest
     """
     found = re.findall(r"^\s*Name: (.+?), LayerType: (\w+), Inputs: \[(.*?)\], Constants: ", listing, re.MULTILINE)
     if not listing:
@@ -189,8 +235,16 @@ def compiled_layers(listing: str) -> dict[str, Any] | None:
         dtype = re.search(r"Datatype: (\w+)", inputs)
         if dtype:
             layers[kind][_DTYPES.get(dtype[1], dtype[1].lower())] += 1
-    fused = sum(kind == "kgen" and name.startswith("_gemm_mha") for name, kind, _ in found)
-    return {"layers": {kind: dict(counts) for kind, counts in layers.items()}, "fused_attention": fused}
+    fused = Counter({graph: 0 for name, _, _ in found if (graph := _graph(name, profiles))})
+    fused.update(_graph(name, profiles) for name, kind, _ in found if kind == "kgen" and name.startswith("_gemm_mha"))
+    fewest = min(fused.values(), default=0) if len(fused) == profiles else 0  # a part that cannot be told apart is none
+    return {"layers": {kind: dict(counts) for kind, counts in layers.items()}, "fused_attention": fewest}
+
+
+def _graph(name: str, profiles: int) -> str:
+    """The compiled graph that a layer is of, one for each profile: `MatMul_16_myl1_8` is of `myl1`."""
+    match = re.search(r"_(myl\d+)_\d+$", name)
+    return "all" if profiles == 1 else match[1] if match else ""
 
 
 class _Reporter:

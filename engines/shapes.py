@@ -50,7 +50,7 @@ class ShapeProfile:
     ) -> "ShapeProfile":
         """Read ranges written `value`, `min:max` (then opt = max) or `min:opt:max`; height and width in pixels."""
         texts = (batch, views, height, width)
-        ranges = [_parse_range(axis, text) for axis, text in zip(AXES, texts, strict=True)]
+        ranges = [parse_range(axis, text) for axis, text in zip(AXES, texts, strict=True)]
         low, typical, high = ((b, s, h, w) for b, s, h, w in zip(*ranges, strict=True))
         return cls(low, typical, high, patch_size)
 
@@ -84,7 +84,8 @@ class ShapeProfile:
         return images(self.min), images(self.opt), images(self.max)
 
 
-def _parse_range(axis: str, text: str) -> tuple[int, int, int]:
+def parse_range(axis: str, text: str) -> tuple[int, int, int]:
+    """min, opt and max of a range's text. Raises InputError, with the flag, for another form."""
     parts = text.split(":")
     if len(parts) > 3 or not all(re.fullmatch("[0-9]{1,6}", part) for part in parts):
         raise InputError(f"--{axis} {text!r}: expected a number, min:max or min:opt:max, for example {_EXAMPLES[axis]}")
@@ -101,7 +102,8 @@ def _check_range(axis: str, values: tuple[int, int, int], patch_size: int) -> No
     if low < 1:
         raise InputError(f"--{axis} {text}: every size must be at least 1")
     if not low <= typical <= high:
-        raise InputError(f"--{axis} {text}: sizes must rise, min <= opt <= max")
+        ordered = ":".join(map(str, sorted(values)))
+        raise InputError(f"--{axis} {text}: sizes must rise, min <= opt <= max; in order: {ordered}")
     for value in values if axis in ("height", "width") else ():
         if value % patch_size:
             nearest = max(1, (value + patch_size // 2) // patch_size) * patch_size

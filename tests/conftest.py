@@ -1,6 +1,7 @@
 """What all tests share: where the golden files lie, what this machine cannot run, the record of the survival tests."""
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -10,11 +11,20 @@ from typing import Any
 
 import pytest
 
+_CACHES = itertools.count()
+
 pytest.register_assert_rewrite("bundles", "models", "engine_models", "survival", "survival_fixtures")
 
 # Before torch is imported. Its threads otherwise spin while they wait for each other; on a machine that is busy with
 # something else, that makes small models 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def _own_engine_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds the engines of another, or leaves one in the user's cache."""
+    folder = tmp_path_factory.getbasetemp() / f"engine-cache-{next(_CACHES)}"  # made when it is used
+    monkeypatch.setenv("MOE3D_CACHE", str(folder))
 
 
 @pytest.fixture(scope="session")

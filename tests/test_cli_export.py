@@ -17,6 +17,7 @@ import pytest
 
 from moe3d_deploy.bundle import Bundle, add_engine
 from moe3d_deploy.cli import export as command
+from moe3d_deploy.cli import export_engine
 from moe3d_deploy.cli.main import export_main, main
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, ExportError
@@ -117,6 +118,7 @@ class Calls:
     def __init__(self) -> None:
         self.exports: list[tuple[SourceSpec, Path, ExportOptions, bool]] = []
         self.engines: list[tuple[str, ShapeProfile]] = []
+        self.asked: list[dict[str, Any]] = []
         self.fail: dict[str, BaseException] = {}
         self.dropped: list[str] = []
 
@@ -132,9 +134,18 @@ class Calls:
         return ExportReport(exports.bundle().report.bundle, {"export": cost})
 
     def add_built_engine(
-        self, bundle: Bundle, builder: str, shapes: ShapeProfile, *, progress: Any, on_drop: Any
+        self,
+        bundle: Bundle,
+        builder: str,
+        profiles: tuple[ShapeProfile, ...],
+        *,
+        progress: Any,
+        on_drop: Any,
+        **asked: Any,
     ) -> tuple[Bundle, EngineRecord]:
+        shapes = profiles[0]
         self.engines.append((builder, shapes))
+        self.asked.append({"profiles": profiles, **asked})
         progress("Building", 1, 2)
         for name in self.dropped:
             on_drop(name)
@@ -153,8 +164,8 @@ class Calls:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     stand_in = Calls()
     monkeypatch.setattr(command, "export_bundle", stand_in.export_bundle)
-    monkeypatch.setattr(command, "add_built_engine", stand_in.add_built_engine)
-    monkeypatch.setattr(command, "resolve_builder", lambda builder, **file: "tensorrt-rtx")
+    monkeypatch.setattr(export_engine, "add_built_engine", stand_in.add_built_engine)
+    monkeypatch.setattr(export_engine, "check_request", lambda builder, *asked, **file: "tensorrt-rtx")
     return stand_in
 
 
@@ -352,37 +363,6 @@ def test_a_damaged_bundle_as_source_is_refused(calls: Calls, tmp_path: Path, cap
     assert export_main([str(path)]) == 2
     assert "model.onnx has 0 bytes" in error_of(capsys)
     assert calls.engines == []
-
-
-@pytest.mark.parametrize(
-    ("builder", "message", "code"),
-    [
-        ("tensorrt", "tensorrt is not installed: pip install 'moe3d-deploy[trt]'", 1),
-        ("auto", "TensorRT is not installed; build without a GPU with TensorRT-RTX: pip install 'moe3d-deploy[rtx]'; "
-         "or export without an engine: --builder none", 1),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("source", ["moe3d-tiny", "bundle"])
-def test_a_builder_that_is_not_installed_is_named_before_any_work(
-    builder: str,
-    message: str,
-    code: int,
-    source: str,
-    tmp_path: Path,
-    capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from moe3d_deploy import trt
-
-    calls = Calls()
-    monkeypatch.setattr(command, "export_bundle", calls.export_bundle)
-    monkeypatch.setattr(trt, "available", dict)
-    arguments = [str(exports.bundle().path)] if source == "bundle" else [source, "-o", str(tmp_path / "bundle")]
-    assert export_main([*arguments, "--builder", builder]) == code
-    if source == "bundle":  # there an engine is all that was asked for
-        message = message.removesuffix("; or export without an engine: --builder none")
-    assert error_of(capsys) == f"moe3d-export: {message}"
-    assert calls.exports == []
 
 
 @pytest.mark.parametrize(

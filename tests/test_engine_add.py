@@ -11,6 +11,7 @@ from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.engines import add
 from moe3d_deploy.engines.add import add_built_engine
+from moe3d_deploy.engines.cache import EngineCache
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.manifest import MANIFEST_NAME, Profile
@@ -66,12 +67,17 @@ class Builds:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.fail: BaseException | None = None
+        self.matmuls = 18
 
-    def __call__(self, onnx: Path, out: Path, shapes: ShapeProfile, **options: Any) -> dict[str, Any]:
-        self.asked.append(options)
+    def __call__(self, onnx: Path, out: Path, shapes: tuple[ShapeProfile, ...], **options: Any) -> dict[str, Any]:
+        self.asked.append(options | {"shapes": shapes})
+        options["log_path"].write_text("a line of the builder's\n")
+        if self.fail:
+            raise self.fail
         out.write_bytes(b"plan")
         capabilities = [10 * major + minor for major, minor in options["compute_capabilities"]]
-        network = trt.NetworkFacts(True, {}, {"fp16": 18, "fp32": 24}, {"fp16": 32}, {}, (), {"ExpertMix": 1})
+        network = trt.NetworkFacts(True, {}, {"fp16": self.matmuls, "fp32": 24}, {"fp16": 32}, {}, (), {"ExpertMix": 1})
         audit = {
             "tf32": False,
             "network": dataclasses.asdict(network),
@@ -97,17 +103,21 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Builds:
 
 def test_targets_and_workspace_reach_the_builder(bundle: Bundle, builds: Builds) -> None:
     _, record = add_built_engine(
-        bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(12, 0), (8, 6), (8, 6)], workspace_bytes=1 << 30
+        bundle,
+        "tensorrt-rtx",
+        SHAPES,
+        compute_capabilities=[(12, 0), (8, 6), (8, 6)],
+        flags=trt.BuildFlags(workspace_bytes=1 << 30),
     )
     assert builds.asked[0]["compute_capabilities"] == ((12, 0), (8, 6))
-    assert builds.asked[0]["workspace_bytes"] == 1 << 30
+    assert builds.asked[0]["flags"] == trt.BuildFlags(workspace_bytes=1 << 30)
     assert "_sm86-120_rtx" in record.file
 
 
 def test_without_targets_the_builders_default_is_built(bundle: Bundle, builds: Builds) -> None:
     _, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES)
     assert builds.asked[0]["compute_capabilities"] == trt.RTX_CAPABILITIES
-    assert builds.asked[0]["workspace_bytes"] is None
+    assert builds.asked[0]["flags"] == trt.BuildFlags()
     assert "_sm80-86-89-120_rtx" in record.file
 
 
@@ -152,3 +162,114 @@ def test_engines_for_other_targets_stand_side_by_side(bundle: Bundle, builds: Bu
     _, first = add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 9)])
     after, second = add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(8, 6)])
     assert after.manifest.engines == (second, first)
+
+
+def test_several_profiles_are_one_engine_with_all_in_its_name(bundle: Bundle, builds: Builds) -> None:
+    many = ShapeProfile.from_ranges(batch="1:2", views="4", height="42", width="42")
+    _, record = add_built_engine(bundle, "tensorrt-rtx", [SHAPES, many], compute_capabilities=[(8, 9)])
+    assert builds.asked[0]["shapes"] == (SHAPES, many)
+    assert record.file.startswith("engines/small_1-2-3x28-42-42x42+1-2-2x4x42x42_fp16_sm89_rtx")
+    assert record.profiles == (
+        Profile((1, 1, 28, 42), (1, 2, 42, 42), (1, 3, 42, 42)),
+        Profile((1, 4, 42, 42), (2, 4, 42, 42), (2, 4, 42, 42)),
+    )
+
+
+def test_profiles_that_make_no_file_name_are_refused(bundle: Bundle, builds: Builds) -> None:
+    sizes = [f"{14 * low}:{14 * (low + 1)}:{14 * 100}" for low in range(80, 88)]
+    many = [ShapeProfile.from_ranges(batch="1:2:3", views="1:2:3", height=size, width=size) for size in sizes]
+    with pytest.raises(InputError, match=r"^8 profiles make a file name of \d+ characters: build several$"):
+        add_built_engine(bundle, "tensorrt-rtx", many)
+    assert builds.asked == []
+
+
+def test_what_the_builder_does_not_have_is_refused_before_the_build(bundle: Bundle, builds: Builds) -> None:
+    with pytest.raises(InputError, match="^--version-compatible: no TensorRT-RTX has it, TensorRT 8.6 or newer does"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, flags=trt.BuildFlags(version_compatible=True))
+    with pytest.raises(InputError, match="^--target sm90: "):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(9, 0)])
+    assert builds.asked == []
+
+
+# The log
+
+
+def engines(bundle: Bundle) -> list[str]:
+    return sorted(path.name for path in (bundle.path / "engines").iterdir())
+
+
+def test_the_builders_messages_lie_beside_the_engine(bundle: Bundle, builds: Builds) -> None:
+    _, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES)
+    stem = Path(record.file).stem
+    assert engines(bundle) == [f"{stem}.log", f"{stem}.plan"]
+    assert (bundle.path / "engines" / f"{stem}.log").read_text() == "a line of the builder's\n"
+    Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("error", [EngineError("the builder was killed"), KeyboardInterrupt()])
+def test_a_failed_build_leaves_its_messages_in_the_cache(
+    error: BaseException, bundle: Bundle, builds: Builds, tmp_path: Path
+) -> None:
+    cache, builds.fail = EngineCache(tmp_path / "cache"), error
+    with pytest.raises(type(error)) as caught:
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    assert engines(bundle) == []
+    logs = list(cache.folder.iterdir())
+    if isinstance(error, KeyboardInterrupt):
+        assert logs == []
+    else:
+        assert str(caught.value) == f"the builder was killed; the builder's messages are in {logs[0]}"
+        assert [log.read_text() for log in logs] == ["a line of the builder's\n"]
+
+
+# The cache
+
+
+def test_an_engine_is_built_once_for_two_bundles_of_one_model(bundle: Bundle, builds: Builds, tmp_path: Path) -> None:
+    cache = EngineCache(tmp_path / "cache")
+    copy = Bundle.open(shutil.copytree(bundle.path, tmp_path / "copy"))
+    _, built = add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    after, taken = add_built_engine(pretend(copy, name="copy"), "tensorrt-rtx", SHAPES, cache=cache)
+    assert len(builds.asked) == 1
+    assert (built.build["from_cache"], taken.build["from_cache"]) == (False, True)
+    assert taken.audit == built.audit
+    assert taken.file.startswith("engines/copy_")
+    assert after.engine_path(taken).read_bytes() == b"plan"
+    assert engines(copy) == [f"{Path(taken.file).stem}.log", Path(taken.file).name]
+    Bundle.open(copy.path)
+
+    add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache, flags=trt.BuildFlags(optimization_level=1))
+    add_built_engine(bundle, "tensorrt-rtx", SHAPES)
+    assert len(builds.asked) == 3, "other flags are another engine, and without a cache it is built"
+
+
+def test_a_damaged_engine_of_the_cache_is_built_again(bundle: Bundle, builds: Builds, tmp_path: Path) -> None:
+    notes: list[str] = []
+    cache = EngineCache(tmp_path / "cache", on_note=notes.append)
+    add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    (plan,) = cache.folder.glob("*/engine.plan")
+    plan.write_bytes(b"plam")
+    after, record = add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    assert len(builds.asked) == 2
+    assert notes == ["the cached engine is damaged: building it again"]
+    assert not record.build["from_cache"]
+    assert after.engine_path(record).read_bytes() == b"plan" == plan.read_bytes()
+
+
+def test_an_engine_that_fails_its_audit_is_not_kept(bundle: Bundle, builds: Builds, tmp_path: Path) -> None:
+    cache, builds.matmuls = EngineCache(tmp_path / "cache"), 17
+    with pytest.raises(EngineError, match="is not the fp16 engine that its bundle promises"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    assert [path.suffix for path in cache.folder.iterdir()] == [".log"]
+    assert engines(bundle) == []
+
+
+def test_an_engine_of_the_cache_is_audited_too(bundle: Bundle, builds: Builds, tmp_path: Path) -> None:
+    """The same ONNX file in a bundle that promises something else."""
+    cache = EngineCache(tmp_path / "cache")
+    add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)
+    promised = pretend(Bundle.open(shutil.copytree(exports.bundle().path, tmp_path / "other")), precision="fp32")
+    with pytest.raises(EngineError, match="is not the fp32 engine that its bundle promises"):
+        add_built_engine(promised, "tensorrt-rtx", SHAPES, cache=cache)
+    assert len(builds.asked) == 1
+    assert engines(promised) == []

@@ -94,6 +94,28 @@ def test_a_listing_in_which_nothing_is_found_is_one_without_fused_attention() ->
     assert engine_build.compiled_layers("Layers:\nin a new format") == {"layers": {}, "fused_attention": 0}
 
 
+def listed(*names: str) -> str:
+    tail = "Inputs: [ { Name: x, Datatype: Half } ], Constants: []"
+    return "Layers:\n" + "\n".join(f"Name: {name}, LayerType: kgen, {tail}" for name in names)
+
+
+def test_several_profiles_are_as_fused_as_the_one_that_is_least() -> None:
+    """They are compiled one by one, into the graphs myl0, myl1, ...; the form is that of TensorRT-RTX 1.7.1."""
+    first = ("_gemm_mha_v2_myl0_2", "_gemm_mha_v2_myl0_5", "MatMul_16_myl0_3")
+    second = ("_gemm_mha_v2_myl1_7", "MatMul_16 [profile 1]_myl1_8")
+
+    def fused(names: tuple[str, ...], profiles: int) -> Any:
+        layers = engine_build.compiled_layers(listed(*names), profiles)
+        assert layers is not None
+        return layers["fused_attention"]
+
+    assert fused(first, 1) == 2
+    assert fused(first + second, 2) == 1
+    assert fused((*first, second[1]), 2) == 0
+    assert fused(first + second, 3) == 0, "one that is not found is not fused"
+    assert fused(("_gemm_mha_v2", "_gemm_mha_v2"), 2) == 0
+
+
 def test_whether_types_are_the_graphs_is_read_from_the_network() -> None:
     class Network(list[Any]):
         def get_flag(self, flag: int) -> bool:
@@ -130,6 +152,29 @@ def test_a_build_in_this_process_prints_nothing_and_restores_what_it_set(
     assert engine.compute_capabilities == ((8, 9),)
     assert engine.log == tuple(lines)
     assert any("Total Activation Memory" in line for line in lines)
+
+
+# The log
+
+
+def test_the_log_is_kept_without_the_folders_of_this_machine(write_model: Write, tmp_path: Path) -> None:
+    model = write_model("small.onnx")
+    flags = trt.BuildFlags(workspace_bytes=1 << 30, optimization_level=1, weight_streaming=True)
+    record = build_in_child(model, tmp_path / "plan", flags=flags, log_path=tmp_path / "log")
+    text = (tmp_path / "log").read_text()
+    assert "Input filename:   small.onnx\n" in text
+    assert "Total Activation Memory: " in text
+    assert str(model.parent) not in text
+    assert "site-packages" not in text
+    assert record["build"]["flags"] == {
+        "workspace_bytes": 1 << 30, "optimization_level": 1, "weight_streaming": True,
+    }  # fmt: skip
+
+
+def test_a_log_that_cannot_be_written_leaves_the_build_alone() -> None:
+    with engine_build._log_file({"log_path": "/dev/full", "onnx_path": "m.onnx"}) as log:
+        assert log is not None
+        log("a line")
 
 
 # Writing the plan

@@ -80,7 +80,7 @@ def test_a_missing_model_is_refused_before_any_process_starts(write_model: Write
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_workspace_that_is_none_is_refused(write_model: Write, tmp_path: Path, size: int) -> None:
     with pytest.raises(InputError, match=rf"^workspace of {size} bytes: give a positive number"):
-        build_in_child(write_model("small.onnx"), tmp_path / "plan", workspace_bytes=size)
+        build_in_child(write_model("small.onnx"), tmp_path / "plan", flags=trt.BuildFlags(workspace_bytes=size))
 
 
 def test_an_unwritable_place_is_an_error(write_model: Write, tmp_path: Path) -> None:

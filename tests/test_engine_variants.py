@@ -9,7 +9,6 @@ import pytest
 from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.cli.main import export_main
-from moe3d_deploy.engines import build as engine_build
 from moe3d_deploy.engines.add import add_built_engine
 from moe3d_deploy.engines.build import resolve_builder
 from moe3d_deploy.engines.shapes import ShapeProfile
@@ -127,6 +126,5 @@ def test_a_tensorrt_that_does_not_know_the_opset_is_refused(gpu_with_tensorrt: d
 
 
 def test_the_first_tensorrt_with_attention_is_not_a_guess_of_text_order() -> None:
-    assert engine_build._ATTENTION_TENSORRT == (10, 14)
-    assert engine_build._knows("10.14", 23)
-    assert not engine_build._knows("10.9.0.34", 23)  # as text it would come after
+    assert trt.knows_opset("tensorrt", "10.14", 23)
+    assert not trt.knows_opset("tensorrt", "10.9.0.34", 23)  # as text it would come after

@@ -10,7 +10,7 @@ from moe3d_deploy.cli.progress import Progress
 
 
 class Reporter:
-    """One form for people and one for machines; the second has nothing on stderr but the error of a failed run.
+    """One form for people and one for machines; on stderr the second has warnings, and the error of a failed run.
 
     A line of JSON is an object with `event`: progress (`stage`, and what is known of its steps), line (`label` and
     `text`, what people read), result (the object of --json) or error (`message`).
