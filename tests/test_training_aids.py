@@ -172,9 +172,7 @@ def test_a_backbone_run_leaves_the_depth_head_as_it_was(checkpoint: Path, tmp_pa
 
 
 def test_a_backbone_learns_nothing_of_depth_without_points(checkpoint: Path) -> None:
-    with pytest.raises(
-        InputError, match="train backbone has no depth head to learn depth from; give it a point"
-    ):
+    with pytest.raises(InputError, match="train backbone has no depth head to learn depth from; give it a point"):
         short(checkpoint, train="backbone", from_scratch=False)
 
 
