@@ -14,6 +14,7 @@ from moe3d_deploy.bundle import Bundle, add_engine, engine_name
 from moe3d_deploy.engines.audit import expected, require_audit
 from moe3d_deploy.engines.build import build, check_request
 from moe3d_deploy.engines.cache import EngineCache, Entry, engine_key
+from moe3d_deploy.engines.planned import plan_beside_build
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Profile
@@ -73,11 +74,11 @@ def add_built_engine(
             raise EngineError(f"bundle {bundle.path} was replaced by another meanwhile; build its engine again")
         kept = entry.fetch(path, log) if entry else None
         if kept is not None:
-            built, audit = kept, require_audit(kept["audit"], manifest)
+            built, audit = kept, _audited(kept, manifest, planned)
         else:
             with _messages(log, entry) as messages:
                 built = build_here(path, messages)
-                audit = require_audit(built["audit"], manifest)
+                audit = _audited(built, manifest, planned)
             if entry:
                 entry.store(path, built, log)
         return replace(
@@ -148,6 +149,19 @@ def _plan(
         precision=manifest.precision,
         profiles=profiles,
     )
+
+
+def _audited(built: dict[str, Any], manifest: Manifest, planned: EngineRecord) -> dict[str, Any]:
+    """The audit of a good engine, with what was predicted for it beside what it is. Raises EngineError for another."""
+    facts = built["audit"]
+    audit = require_audit(facts, manifest, built_by=(planned.builder, built["builder_version"]))
+    plan = plan_beside_build(
+        manifest,
+        planned.profiles,
+        activation_bytes=facts["activation_memory_bytes"],
+        plan_bytes=built["build"]["plan_bytes"],
+    )
+    return {**audit, "plan": plan}
 
 
 def _of_the_model(manifest: Manifest) -> Manifest:

@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from moe3d_deploy.engines.plugin_rules import parser_takes
 from moe3d_deploy.errors import EngineError
 from moe3d_deploy.manifest import Manifest
-from moe3d_deploy.trt import NetworkFacts
+from moe3d_deploy.trt import NetworkFacts, title
 
 # Types of the trunk's matrix products and attention, of the patch convolution, and of the dense heads' convolutions.
 _TYPES = {
@@ -85,11 +86,17 @@ def _has_point_head(manifest: Manifest) -> bool:
     return any(tensor.name in ("point_map", "point_map_conf") for tensor in manifest.outputs)
 
 
-def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+def audit(
+    facts: dict[str, Any], manifest: Manifest, *, built_by: tuple[str, str] | None = None, plugin: bool = False
+) -> dict[str, Any]:
     """Compare what `engines.build` found in an engine, the `audit` of its record, with what `manifest` asks for.
 
+    built_by   builder and its version: whether function or plugin ran has to be what its parser takes
+    plugin     whether a plugin for the expert mix was registered for the build
+
     Returns a JSON-able dict: `summary` (one line for people), `faults` (empty for a good engine), `notes`, and the
-    figures. Raises EngineError for facts that are not complete.
+    figures; `expert_mix` says what ran: function, plugin, or plain where there is none of both. Raises EngineError for
+    facts that are not complete.
     """
     want = expected(manifest)
     try:
@@ -114,6 +121,7 @@ def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         "faults": [
             *_type_faults(network, want, manifest.precision),
             *_mix_faults(network, want),
+            *_precedence_faults(network, built_by, plugin),
             *_attention_faults(fused, want),
         ],
         "notes": ["attention is not fused: its memory grows with the square of the tokens"] if unfused else [],
@@ -121,15 +129,18 @@ def audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         "matmuls": network.matmul,
         "attention_operators": network.attention,
         "convolutions": network.convolution,
+        "expert_mix": _mix_taken(network) or "plain",
         "attentions": want.blocks,
         "fused_attention": fused,
         **figures,
     }
 
 
-def require_audit(facts: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+def require_audit(
+    facts: dict[str, Any], manifest: Manifest, *, built_by: tuple[str, str] | None = None, plugin: bool = False
+) -> dict[str, Any]:
     """The `audit` of a good engine. Raises EngineError, in one line, for one that is not what its bundle promises."""
-    result = audit(facts, manifest)
+    result = audit(facts, manifest, built_by=built_by, plugin=plugin)
     if result["faults"]:
         raise EngineError(
             f"the engine of {manifest.name} is not the {manifest.precision} engine that its bundle promises: "
@@ -163,9 +174,15 @@ def _type_faults(network: NetworkFacts, want: Expected, precision: str) -> list[
 
 
 def _mix(network: NetworkFacts) -> str:
+    taken = _mix_taken(network)
+    return f"ExpertMix as {taken}" if taken else "no ExpertMix"
+
+
+def _mix_taken(network: NetworkFacts) -> str:
+    """What the parser made of the expert mix; empty where there is none."""
     if _mix_plugins(network):
-        return "ExpertMix as plugin"
-    return "ExpertMix as function" if network.functions.get("ExpertMix") else "no ExpertMix"
+        return "plugin"
+    return "function" if network.functions.get("ExpertMix") else ""
 
 
 def _mix_plugins(network: NetworkFacts) -> list[str]:
@@ -183,6 +200,22 @@ def _mix_faults(network: NetworkFacts, want: Expected) -> list[str]:
     if others := [name for name in network.plugins if name not in plugins]:
         faults.append(f"layer {others[0]} is a plugin, which the model does not ask for: {_EXPORT_AGAIN}")
     return faults
+
+
+def _precedence_faults(network: NetworkFacts, built_by: tuple[str, str] | None, plugin: bool) -> list[str]:
+    """The exported node names its plugin's namespace, and the model has its function."""
+    ran = _mix_taken(network)
+    if built_by is None or not ran:
+        return []
+    builder, version = built_by
+    takes = parser_takes(builder, version, registered=plugin)
+    if takes == ran:
+        return []
+    library = "with" if plugin else "without"
+    return [
+        f"{title(builder)} {version} takes the {takes} of ExpertMix {library} a plugin library, the network has the "
+        f"{ran}: build it again in a process that loads no other plugin"
+    ]
 
 
 def _attention_faults(fused: int | None, want: Expected) -> list[str]:

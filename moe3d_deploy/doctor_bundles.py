@@ -11,11 +11,9 @@ from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.distributions import reinstall
 from moe3d_deploy.errors import EXTRA_OF, BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest
-from moe3d_deploy.trt import RTX_CAPABILITIES, title
+from moe3d_deploy.trt import Capability, load_faults, rebuild_command, title
 
 Reasons = list[tuple[str, str]]  # why not, and what to do
-
-_RTX = [f"{major}.{minor}" for major, minor in RTX_CAPABILITIES]
 
 
 def examine_bundle(path: str, libraries: dict[str, Any], cuda: dict[str, Any], available_bytes: int) -> dict[str, Any]:
@@ -118,7 +116,8 @@ def _engine_reasons(
 ) -> Reasons:
     name, module = title(engine.builder), engine.builder.replace("-", "_")
     extra, library = EXTRA_OF[module], libraries[module]
-    rebuild = f"moe3d-export {path} --builder {engine.builder}"
+    gpus = _gpus(cuda)
+    rebuild = rebuild_command(path, engine, gpus)
     reasons: Reasons = []
     if fault:
         reasons.append((fault, rebuild))
@@ -127,24 +126,18 @@ def _engine_reasons(
         reasons.append((f"{missing} is not installed", f"pip install 'moe3d-deploy[{extra}]'"))
     elif library["fault"]:
         reasons.append((f"{name} {library['fault']}", reinstall(module)))
-    if library["version"] not in (None, engine.builder_version):
-        reasons.append((f"built by {name} {engine.builder_version}, here is {library['version']}", rebuild))
-    if engine.plugin is not None:
-        # An engine's plugin library is never part of a bundle, and no plugin is registered by this version.
-        reasons.append(("it needs a plugin library, and this version registers none", rebuild))
-    return [*reasons, *_gpu_reasons(engine, path, cuda)]
+    reasons += [(what, rebuild) for what in load_faults(engine, version=library["version"], gpus=gpus)]
+    return [*reasons, *_gpu_reasons(cuda)]
 
 
-def _gpu_reasons(engine: EngineRecord, path: str, cuda: dict[str, Any]) -> Reasons:
-    if not cuda["gpus"]:
-        why = {"absent": "there is no CUDA driver", "faulty": f"the CUDA driver {cuda['fault']}"}
-        text = why.get(cuda["driver"], "the CUDA driver shows this process no GPU")
-        return [(text, "run engines on a machine with an NVIDIA GPU; the ONNX file needs none")]
-    built_for = _engine_facts(engine)["compute_capabilities"]
-    here = sorted({gpu["compute_capability"] for gpu in cuda["gpus"]})
-    if set(built_for).intersection(here):
+def _gpus(cuda: dict[str, Any]) -> list[Capability]:
+    pairs = (gpu["compute_capability"].split(".") for gpu in cuda["gpus"])
+    return [(int(major), int(minor)) for major, minor in pairs]
+
+
+def _gpu_reasons(cuda: dict[str, Any]) -> Reasons:
+    if cuda["gpus"]:
         return []
-    # TensorRT-RTX builds for its own list, TensorRT for the GPU that it finds
-    builder = "tensorrt-rtx" if set(here).intersection(_RTX) else "tensorrt"
-    text = f"built for compute capability {', '.join(built_for)}, the GPUs here have {', '.join(here)}"
-    return [(text, f"moe3d-export {path} --builder {builder}")]
+    why = {"absent": "there is no CUDA driver", "faulty": f"the CUDA driver {cuda['fault']}"}
+    text = why.get(cuda["driver"], "the CUDA driver shows this process no GPU")
+    return [(text, "run engines on a machine with an NVIDIA GPU; the ONNX file needs none")]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -11,7 +12,7 @@ from manifests import ENGINE, example_engine, example_manifest
 from moe3d_deploy.bundle import BundleWriter, add_engine
 from moe3d_deploy.cli.inspect import inspect_command
 from moe3d_deploy.errors import BundleError
-from moe3d_deploy.manifest import Manifest, Range, ShapeRanges, Verification
+from moe3d_deploy.manifest import Manifest, Profile, Range, ShapeRanges, Verification
 
 MODEL = b"\x12\xcf\x09" + b"m" * 1231  # 1234 bytes of ONNX: field 2, 1231 bytes, the producer's name
 
@@ -76,6 +77,54 @@ def test_every_part_of_the_bundle_is_shown(bundle: Path) -> None:
         "  profile BxSxHxW 1x1x392x518 / 1x4x392x518 / 1x8x392x518 (min / opt / max)",
     ]
     assert section(out, "written by") == ["moe3d_deploy 0.1.0, torch 2.13.0"]
+
+
+def engine_lines(path: Path, **changes: Any) -> list[str]:
+    """The lines of the example's engine after those that it always has: file, builder and audit."""
+    write(path, example_manifest())
+    add_engine(path, replace(example_engine(), **changes), lambda temp, _: temp.write_bytes(b"e") and None)
+    result = run(path)
+    assert result.exit_code == 0, result.output
+    return section(result.stdout, "engines")[2:]
+
+
+def test_flags_and_what_was_planned_stand_beside_what_was_built(tmp_path: Path) -> None:
+    low, high = (1, 1, 392, 518), (1, 8, 392, 518)
+    plan = {
+        "profiles": [
+            {"flops": 3_110_000_000_000, "activation_bytes": {"predicted": 400_000_000, "found": 500_000_000}},
+            {"flops": 24_900_000_000_000, "activation_bytes": {"predicted": 1_383_000_000, "found": None}},
+        ],
+        "plan_bytes": {"predicted": 2_000_000, "found": 1_000_000},
+        "notes": ["activation memory at 1x1x392x518: 500 MB where 400 MB are predicted, more than 15 % apart"],
+    }
+    lines = engine_lines(
+        tmp_path / "bundle",
+        profiles=(Profile(low, low, low), Profile(low, high, high)),
+        audit={"plan": plan},
+        build={"flags": {"workspace_bytes": 1 << 30, "tf32": True}},
+    )
+    assert lines == [
+        "  flags tf32 true, workspace_bytes 1073741824",
+        "  profile BxSxHxW 1x1x392x518 / 1x1x392x518 / 1x1x392x518 (min / opt / max)",
+        "    activation memory at the largest shape, 3.11 TFLOP: planned 400.0 MB, built 500.0 MB, 1.25 of the plan",
+        "  profile BxSxHxW 1x1x392x518 / 1x8x392x518 / 1x8x392x518 (min / opt / max)",
+        "    size of the engine, planned as its weights: planned 2.0 MB, built 1.0 MB, 0.50 of the plan",
+        "  note: activation memory at 1x1x392x518: 500 MB where 400 MB are predicted, more than 15 % apart",
+    ]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None, [], "x", {}, {"profiles": 3, "notes": 3, "plan_bytes": []}, {"profiles": [3, {}, None]},
+        {"profiles": [{"flops": -1, "activation_bytes": {"predicted": 0, "found": 1}}]},
+        {"plan_bytes": {"predicted": True, "found": 1.5}},
+    ],
+)  # fmt: skip
+def test_a_plan_of_another_form_is_passed_over(tmp_path: Path, plan: Any) -> None:
+    (line,) = engine_lines(tmp_path / "bundle", audit={"plan": plan}, build={"flags": []})
+    assert line.startswith("  profile BxSxHxW 1x1x392x518 / 1x4x392x518 / ")
 
 
 def test_the_verification_shows_the_worst_of_all_cases_for_each_limit_and_the_worst_headroom(bundle: Path) -> None:
@@ -143,7 +192,8 @@ def test_an_engine_that_cannot_be_used_is_marked_among_all_the_rest(bundle: Path
     assert isinstance(result.exception, BundleError)
     assert result.exception.exit_code == 2
     assert str(result.exception) == (
-        f"bundle {bundle} has 1 of 1 engines missing or damaged; build one again with: moe3d-export {bundle}"
+        f"bundle {bundle} has 1 of 1 engines missing or damaged; build one again with: moe3d-export {bundle} "
+        "--builder tensorrt-rtx --views 1:4:8 --height 392 --width 518 --target sm89"
     )
     lines = section(result.stdout, "engines")
     assert lines[0] == ENGINE

@@ -41,6 +41,11 @@ def reasons(part: dict[str, Any]) -> list[tuple[str, str]]:
     return [(reason["why"], reason["remedy"]) for reason in part["reasons"]]
 
 
+def rebuild(path: Path | str, builder: str = "tensorrt-rtx") -> str:
+    """The command for the engine's own profile."""
+    return f"moe3d-export {path} --builder {builder} --views 1:4:8 --height 392 --width 518"
+
+
 def engine_reasons(path: str, libraries: dict[str, Any] = LIBRARIES, cuda: dict[str, Any] = CUDA) -> list[Any]:
     (engine,) = examine_bundle(path, libraries, cuda, GIB)["engines"]
     return reasons(engine)
@@ -117,18 +122,44 @@ def test_an_engine_larger_than_the_gpu_is_a_caution(path: str) -> None:
 def test_an_engine_of_another_version_is_to_be_built_again(path: str) -> None:
     libraries = {**LIBRARIES, "tensorrt_rtx": LIBRARIES["tensorrt_rtx"] | {"version": "1.7.1.116"}}
     assert engine_reasons(path, libraries) == [
-        ("built by TensorRT-RTX 1.6.1, here is 1.7.1.116", f"moe3d-export {path} --builder tensorrt-rtx")
+        ("built by TensorRT-RTX 1.6.1, here is 1.7.1.116", f"{rebuild(path)} --target sm89")
+    ]
+
+
+def test_what_follows_the_numbers_of_a_version_makes_no_other_engine(path: str) -> None:
+    libraries = {**LIBRARIES, "tensorrt_rtx": LIBRARIES["tensorrt_rtx"] | {"version": "1.6.1.post1"}}
+    assert engine_reasons(path, libraries) == []
+
+
+def test_a_version_and_hardware_compatible_engine_is_judged_by_their_rules(tmp_path: Path) -> None:
+    """Those of `trt.load_checks`, which the runtime has too; the exact comparison would refuse both."""
+    write_bundle(tmp_path / "bundle")
+    flags = {"version_compatible": True, "hardware_compatible": True}
+    engine = replace(
+        example_engine(), builder="tensorrt", builder_version="10.13.3.9", plugin=None, build={"flags": flags}
+    )
+    add(tmp_path / "bundle", engine)
+    newer = {**LIBRARIES, "tensorrt": {"installed": True, "version": "10.16.1.11", "fault": None}}
+    hopper = {**CUDA, "gpus": [CARD | {"compute_capability": "9.0"}]}
+    assert engine_reasons(str(tmp_path / "bundle"), newer, hopper) == []
+    older = {**newer, "tensorrt": newer["tensorrt"] | {"version": "10.3.0.26"}}
+    command = f"{rebuild(tmp_path / 'bundle', 'tensorrt')} --version-compatible --hardware-compatible"
+    assert engine_reasons(str(tmp_path / "bundle"), older, hopper) == [
+        ("built by TensorRT 10.13.3.9 for later ones, here is 10.3.0.26", command)
     ]
 
 
 @pytest.mark.parametrize(
-    ("capability", "builder"),
-    [("8.6", "tensorrt-rtx"), ("9.0", "tensorrt")],  # TensorRT-RTX builds for 8.6 from here on, never for 9.0
+    ("capability", "builder", "target"),
+    # TensorRT-RTX builds for 8.6 from here on, never for 9.0
+    [("8.6", "tensorrt-rtx", " --target sm86,sm89"), ("9.0", "tensorrt", "")],
 )
-def test_an_engine_for_another_gpu_is_to_be_built_by_what_can(path: str, capability: str, builder: str) -> None:
+def test_an_engine_for_another_gpu_is_to_be_built_by_what_can(
+    path: str, capability: str, builder: str, target: str
+) -> None:
     cuda = {**CUDA, "gpus": [CARD | {"compute_capability": capability}]}
     text = f"built for compute capability 8.9, the GPUs here have {capability}"
-    assert engine_reasons(path, cuda=cuda) == [(text, f"moe3d-export {path} --builder {builder}")]
+    assert engine_reasons(path, cuda=cuda) == [(text, rebuild(path, builder) + target)]
 
 
 def test_one_fitting_gpu_among_several_is_enough(path: str) -> None:
@@ -181,5 +212,5 @@ def test_a_damaged_engine_is_an_error_and_does_not_hide_the_file(path: str, how:
     assert found["model"]["runs"]
     assert found["damaged_engines"] == [ENGINE]
     (problem,) = found["problems"]
-    assert (problem["level"], problem["remedy"]) == ("error", f"moe3d-export {path} --builder tensorrt-rtx")
+    assert (problem["level"], problem["remedy"]) == ("error", f"{rebuild(path)} --target sm89")
     assert fault in problem["problem"]

@@ -48,6 +48,11 @@ def test_an_audited_engine_enters_the_bundle(bundle: Bundle) -> None:
     assert record.audit["summary"].endswith(
         ", convolutions 32 of 32, ExpertMix as function, attention fused 3 of 3, not executed"
     )
+    assert record.audit["expert_mix"] == "function"
+    (profile,) = record.audit["plan"]["profiles"]
+    assert profile["shape"] == [1, 3, 42, 42]
+    assert profile["activation_bytes"]["found"] == record.audit["activation_memory_bytes"][0] > 0
+    assert record.audit["plan"]["plan_bytes"]["found"] == record.build["plan_bytes"]
     assert Bundle.open(bundle.path).manifest.engines == (record,)
 
 
@@ -90,7 +95,7 @@ class Builds:
             "compute_capabilities": capabilities,
             "plugin": None,
             "audit": audit,
-            "build": {"seconds": 1.0},
+            "build": {"seconds": 1.0, "plan_bytes": 4},
         }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,41 @@ def test_what_the_model_and_its_outputs_add_is_expected() -> None:
 def test_a_plugin_of_that_name_is_the_mix() -> None:
     found = facts({"fp16": 432, "fp32": 116}, {"fp16": 32}, 72, functions={}, plugins=("ExpertMix",))
     assert "ExpertMix as plugin" in require_audit(found, manifest_of("moe3d-1b", "fp16"))["summary"]
+
+
+@pytest.mark.parametrize(
+    ("plugins", "functions", "merged", "ran"),
+    [((), {"ExpertMix": 1}, True, "function"), (("ExpertMix",), {}, True, "plugin"), ((), {}, False, "plain")],
+)
+def test_the_audit_says_what_ran(plugins: tuple[str, ...], functions: dict[str, int], merged: bool, ran: str) -> None:
+    found = facts({"fp16": 432, "fp32": 116}, {"fp16": 32}, 72, functions=functions, plugins=plugins)
+    assert audit(found, manifest_of("moe3d-1b", "fp16", merged_experts=merged))["expert_mix"] == ran
+
+
+@pytest.mark.parametrize(
+    ("built_by", "plugin", "good", "bad"),
+    [
+        (("tensorrt-rtx", "1.7.1.116"), False, "function", "plugin"),
+        (("tensorrt", "10.16.1.11"), False, "function", "plugin"),
+        (("tensorrt", "10.16.1.11"), True, "plugin", "function"),
+        (("tensorrt", "10.3.0.26"), True, "function", "plugin"),  # the function goes first there
+    ],
+)
+def test_what_ran_has_to_be_what_the_parser_takes(built_by: tuple[str, str], plugin: bool, good: str, bad: str) -> None:
+    forms: dict[str, Any] = {
+        "function": {"functions": {"ExpertMix": 1}},
+        "plugin": {"functions": {}, "plugins": ("ExpertMix",)},
+    }
+    manifest = manifest_of("moe3d-1b", "fp16")
+
+    def found(form: str) -> dict[str, Any]:
+        return facts({"fp16": 432, "fp32": 116}, {"fp16": 32}, 72, **forms[form])
+
+    assert require_audit(found(good), manifest, built_by=built_by, plugin=plugin)["expert_mix"] == good
+    version, library = re.escape(built_by[1]), "with" if plugin else "without"
+    line = f"{version} takes the {good} of ExpertMix {library} a plugin library, the network has the {bad}: build it"
+    with pytest.raises(EngineError, match=line):
+        require_audit(found(bad), manifest, built_by=built_by, plugin=plugin)
 
 
 # What is wrong

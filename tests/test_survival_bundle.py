@@ -321,13 +321,20 @@ def test_an_engine_says_what_it_was_built_by_and_for(
     assert record.builder_version in capsys.readouterr().out
     if trt.visible_gpus():
         pytest.skip("a GPU is here: rtx_engine_runs of the GPU checks loads engines")
+    bundle = Bundle.open(good)
     with pytest.raises(EngineError, match="needs an NVIDIA GPU and its driver; none is visible") as caught:
-        trt.EngineRunner(engine_of(good), builder="tensorrt-rtx")
+        trt.EngineRunner.of_bundle(bundle, record)
     monkeypatch.setattr("moe3d_deploy.trt.installed.visible_gpus", lambda: [(8, 9)])  # the library finds none
     with pytest.raises(EngineError) as caught:
-        trt.EngineRunner(engine_of(good), builder="tensorrt-rtx", built_by="1.0.0.1", bundle="bundle")
-    assert re.search(
-        rf"\.plan: TensorRT-RTX {re.escape(record.builder_version)}\S* cannot load it: ", str(caught.value)
-    )
-    assert str(caught.value).endswith("; TensorRT-RTX 1.0.0.1 built it; build it again here with: moe3d-export bundle")
+        trt.EngineRunner.of_bundle(bundle, record)
+    command = f"moe3d-export {good} --builder tensorrt-rtx --views 1:2:4 --height 42 --width 42"
+    here = re.escape(record.builder_version)
+    assert re.search(rf"\.plan: TensorRT-RTX {here}\S* cannot load it: .*; build it again: ", str(caught.value))
+    assert str(caught.value).endswith(command)
+    monkeypatch.setattr("moe3d_deploy.trt.installed.available", lambda: {"tensorrt-rtx": "1.0.0.1"})
+    with pytest.raises(
+        EngineError, match=rf"\.plan cannot be used here: built by .* {here}, here is 1\.0\.0\.1; "
+    ) as caught:
+        trt.EngineRunner.of_bundle(bundle, record)
+    assert str(caught.value).endswith(f"; build it again: {command}")
     printed(str(caught.value), caught.value.exit_code)

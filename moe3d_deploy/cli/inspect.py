@@ -1,15 +1,17 @@
 """`moe3d inspect`: what is in a bundle. Reads the manifest and the digests; loads no model and needs no GPU."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import click
 
 from moe3d_deploy.bundle import Bundle, Verify
 from moe3d_deploy.errors import BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Range, Tensor, Verification
+from moe3d_deploy.trt import rebuild_command
 
 _LABEL_WIDTH = 14
 _ONLY_TENSORRT = "; runs in TensorRT only, as an engine (no CPU runtime has bf16 kernels)"
@@ -44,7 +46,8 @@ def inspect_command(bundle: str, as_json: bool, no_digest: bool) -> None:
             click.echo(_CONTROL.sub("?", line))
     if faults:
         count = f"{len(faults)} of {len(opened.manifest.engines)} engines missing or damaged"
-        raise BundleError(f"bundle {bundle} has {count}; build one again with: moe3d-export {bundle}")
+        first = next(engine for engine in opened.manifest.engines if engine.file in faults)
+        raise BundleError(f"bundle {bundle} has {count}; build one again with: {rebuild_command(bundle, first)}")
 
 
 def report(path: str, digests: str, manifest: Manifest, faults: Mapping[str, str]) -> list[str]:
@@ -104,12 +107,41 @@ def _engine(engine: EngineRecord, fault: str | None) -> list[str]:
     ]
     if isinstance(summary := engine.audit.get("summary"), str):
         lines.append(f"  {summary}")
-    for profile in engine.profiles:
+    if isinstance(flags := engine.build.get("flags"), dict) and flags:
+        lines.append("  flags " + ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(flags.items())))
+    planned = _object(engine.audit.get("plan"))
+    rows = planned.get("profiles")
+    for profile, row in itertools.zip_longest(engine.profiles, rows if isinstance(rows, list) else []):
+        if profile is None:
+            break
         shapes = ("x".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max))
         lines.append("  profile BxSxHxW {} / {} / {} (min / opt / max)".format(*shapes))
+        work = _object(row).get("flops")
+        of_largest = f" at the largest shape, {work / 1e12:.3g} TFLOP" if _is_count(work) else " at the largest shape"
+        lines += _compared("activation memory" + of_largest, _object(row).get("activation_bytes"))
+    lines += _compared("size of the engine, planned as its weights", planned.get("plan_bytes"))
+    notes = planned.get("notes")
+    lines += [f"  note: {note}" for note in (notes if isinstance(notes, list) else [])]
     if fault:
         lines.append(f"  CANNOT BE USED: {fault}")
     return lines
+
+
+def _compared(what: str, figures: Any) -> list[str]:
+    """A line with what `moe3d plan` predicts, what the builder says and their ratio; none without both."""
+    predicted, found = (_object(figures).get(name) for name in ("predicted", "found"))
+    if not _is_count(predicted) or not _is_count(found):
+        return []
+    return [f"    {what}: planned {_size(predicted)}, built {_size(found)}, {found / predicted:.2f} of the plan"]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An inner object of a record, whose form is free: what is none has no keys."""
+    return value if isinstance(value, dict) else {}
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value > 0
 
 
 def _verification(verification: Verification) -> list[str]:

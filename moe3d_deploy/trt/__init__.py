@@ -17,6 +17,7 @@ from moe3d_deploy.trt.installed import (
     title,
     visible_gpus,
 )
+from moe3d_deploy.trt.load_checks import load_faults, rebuild_command
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts
 from moe3d_deploy.trt.runner import EngineRunner
 from moe3d_deploy.trt.watch import Progress
@@ -37,6 +38,8 @@ __all__ = [
     "check_version",
     "knows_opset",
     "load",
+    "load_faults",
+    "rebuild_command",
     "require",
     "target_capabilities",
     "title",

@@ -5,8 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.manifest import EngineRecord
 from moe3d_deploy.trt import installed
+from moe3d_deploy.trt.features import version_of
+from moe3d_deploy.trt.installed import Capability
+from moe3d_deploy.trt.load_checks import checked_plan, is_version_compatible, rebuild_command
 from moe3d_deploy.trt.watch import Messages, one_line, reason
 
 if TYPE_CHECKING:
@@ -20,40 +25,54 @@ class EngineRunner:
     An engine is code: load only what you trust.
     """
 
-    def __init__(
-        self,
-        plan_path: str | os.PathLike[str],
-        *,
-        builder: str,
-        built_by: str | None = None,
-        bundle: str | os.PathLike[str] | None = None,
-    ) -> None:
-        """Load the engine; `built_by`, its record's builder_version, and `bundle` are for the error of one that fails.
+    def __init__(self, plan_path: str | os.PathLike[str], *, builder: str, built_by: str | None = None) -> None:
+        """Load an engine that is in no bundle, such as one that was just built; `of_bundle` loads any other.
+
+        built_by   its builder's version, where it is known: another one is refused before it is loaded
 
         Raises InputError, MissingExtraError or EngineError.
         """
         path = Path(plan_path)
         if not path.is_file():
             raise InputError(f"{path}: no such file; give an engine (.plan)")
-        installed.require(builder)
-        if not installed.visible_gpus():
-            raise EngineError(f"{path.name}: running an engine needs an NVIDIA GPU and its driver; none is visible")
+        _first_gpu(path.name, builder)
+        version, name = installed.available()[builder], installed.title(builder)
+        if built_by is not None and version_of(built_by) != version_of(version):
+            raise EngineError(f"{path.name}: built by {name} {built_by}, here is {version}; build it again here")
+        self._load(path.name, path.read_bytes(), builder, again="build it again here")
+
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, record: EngineRecord) -> "EngineRunner":
+        """Load an engine of a bundle, once its file, version, GPU and plugin are found to be right (`load_checks`).
+
+        Raises MissingExtraError, or EngineError in one line; where another engine helps, with the command for it.
+        """
+        gpu = _first_gpu(record.file, record.builder)
+        version = installed.available()[record.builder]
+        plan = checked_plan(bundle, record, version=version, gpus=[gpu])
+        runner = cls.__new__(cls)
+        again = f"build it again: {rebuild_command(bundle.path, record, [gpu])}"
+        runner._load(record.file, plan, record.builder, again=again, host_code=is_version_compatible(record))
+        return runner
+
+    def _load(self, name: str, plan: bytes, builder: str, *, again: str, host_code: bool = False) -> None:
+        """Deserialise; `again` ends the error of an engine that fails, `host_code` allows it to bring its own."""
         trt = installed.load(builder)
         from polygraphy.backend.trt import TrtRunner, get_trt_logger
         from polygraphy.exception import PolygraphyException
 
-        self._name, self._failures, messages = path.name, PolygraphyException, Messages()
+        self._name, self._failures, messages = name, PolygraphyException, Messages()
         with messages.captured():
             self._runtime = trt.Runtime(get_trt_logger())  # has to outlive the engine
-            self._runner = TrtRunner(self._runtime.deserialize_cuda_engine(path.read_bytes()))
+            if host_code:
+                self._runtime.engine_host_code_allowed = True
+            self._runner = TrtRunner(self._runtime.deserialize_cuda_engine(plan))
             try:
                 self._runner.activate()  # fails, too, where there is no engine because it could not be read
             except PolygraphyException as error:
                 why = reason(messages.errors) or one_line(str(error))
                 raise EngineError(
-                    f"{path.name}: {installed.title(builder)} {trt.__version__} cannot load it: {why}; "
-                    + (f"{installed.title(builder)} {built_by} built it; " if built_by else "")
-                    + ("build it again here" + (f" with: moe3d-export {os.fspath(bundle)}" if bundle else ""))
+                    f"{name}: {installed.title(builder)} {trt.__version__} cannot load it: {why}; {again}"
                 ) from None
 
     def run(self, inputs: "Mapping[str, np.ndarray]") -> "dict[str, np.ndarray]":
@@ -76,3 +95,12 @@ class EngineRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _first_gpu(name: str, builder: str) -> Capability:
+    """The GPU that an engine runs on. Raises MissingExtraError, or EngineError where there is none."""
+    installed.require(builder)
+    gpus = installed.visible_gpus()
+    if not gpus:
+        raise EngineError(f"{name}: running an engine needs an NVIDIA GPU and its driver; none is visible")
+    return gpus[0]

@@ -1,0 +1,64 @@
+"""What `moe3d plan` predicts for an engine beside what its builder says of it: memory per profile, size of the file."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moe3d_deploy import planning
+from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.manifest import Manifest, Profile
+
+TOLERANCE = 0.15  # docs/costs.md: what predictions are held to
+COMPARED_FROM_BYTES = 256_000_000  # and from which size on
+
+_OF_POINT_HEAD = ("point_map", "point_map_conf")
+
+
+def plan_beside_build(
+    manifest: Manifest, profiles: Sequence[Profile], *, activation_bytes: Sequence[int], plan_bytes: int
+) -> dict[str, Any]:
+    """A JSON-able dict for the engine's record, of the largest shape of each profile.
+
+    activation_bytes   what the builder says each profile takes; a list of another length is not told apart: found null
+    plan_bytes         size of the engine's file
+
+    `form` of the attention, `weight_bytes`, `plan_bytes` and, per profile, `shape` (B, S, H, W), `flops` and
+    `activation_bytes`; what is compared has `predicted` and `found`. `notes` has a line for each that differs by more
+    than TOLERANCE of what was found, from COMPARED_FROM_BYTES on, and for what the prediction leaves out.
+    Raises InputError for a precision that is no policy.
+    """
+    type_of = PrecisionPolicy(manifest.precision).type_of
+    held = any(tensor.name in _OF_POINT_HEAD for tensor in manifest.outputs)
+    config = dataclasses.replace(manifest.config, point_head=held)
+    form, merged = planning.usual_form(type_of, None), manifest.merged_experts
+    setup = planning.Setup(config, manifest.precision, type_of, form, merged=merged)
+    told = list(activation_bytes) if len(activation_bytes) == len(profiles) else [None] * len(profiles)
+    rows = []
+    for profile, found in zip(profiles, told, strict=True):
+        plan = planning.plan(setup, profile.max)
+        memory = {"predicted": plan.activation_bytes, "found": found}
+        rows.append({"shape": list(profile.max), "flops": plan.flops, "activation_bytes": memory})
+    size = {"predicted": setup.weight_bytes, "found": plan_bytes}
+    notes = [*_differences(rows, size)]
+    if held:
+        notes.append("activations are predicted without the point head")
+    if config.moe and not merged:
+        notes.append("activations are predicted for merged experts; this file keeps a convolution for each")
+    return {
+        "form": form, "weight_bytes": setup.weight_bytes, "plan_bytes": size, "profiles": rows, "notes": notes,
+    }  # fmt: skip
+
+
+def _differences(rows: Sequence[dict[str, Any]], size: dict[str, int]) -> Iterator[str]:
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        yield from _difference(f"activation memory at {shape}", **row["activation_bytes"])
+    yield from _difference("the engine's size", **size)
+
+
+def _difference(what: str, predicted: int, found: int | None) -> Iterator[str]:
+    if found and found >= COMPARED_FROM_BYTES and abs(predicted - found) > TOLERANCE * found:
+        yield (
+            f"{what}: {found / 1e6:.0f} MB where {predicted / 1e6:.0f} MB are predicted, "
+            f"more than {TOLERANCE:.0%} apart".replace("%", " %")
+        )
