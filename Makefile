@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moe3d-setup
 
-.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz demo clean
+.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz demo native clean
 
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
@@ -21,6 +21,7 @@ help:
 	@echo "make reliability       the survival matrix, kill and fuzz campaigns, docs/reliability.md: about an hour"
 	@echo "make fuzz              of those, the fuzz campaign"
 	@echo "make demo              preset to depth maps, in demo/"
+	@echo "make native            the expert-mix kernels as a library for PyTorch on CUDA; needs nvcc"
 	@echo "make clean             remove what builds, tests and the demo left; $(VENV) stays"
 
 setup: $(STAMP)
@@ -68,6 +69,9 @@ fuzz: setup
 
 demo: setup
 	$(PY) -m moe3d_deploy.benchmarks.demo --out demo
+
+native: setup
+	$(PY) -m moe3d_deploy.native build $(ARGS)
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -45,6 +45,30 @@ CHECKS: tuple[Check, ...] = (
         "what do four merged experts cost in time and memory over VGGT's head?",
     ),
     Check(
+        "expert_mix_kernel",
+        f"{_HERE}.checks_kernels:expert_mix_kernel",
+        600,
+        "does the expert-mix kernel give float64's values, in every type, layout and size?",
+    ),
+    Check(
+        "expert_mix_bandwidth",
+        f"{_HERE}.checks_kernels:expert_mix_bandwidth",
+        600,
+        "what share of a copy's bandwidth does the expert-mix kernel reach?",
+    ),
+    Check(
+        "expert_mix_sanitizer",
+        f"{_HERE}.checks_kernels:expert_mix_sanitizer",
+        900,
+        "does compute-sanitizer find anything in the expert-mix kernel?",
+    ),
+    Check(
+        "expert_head_price",
+        f"{_HERE}.checks_head_price:expert_head_price",
+        900,
+        "what do the experts add to the model's time, with and without the kernel, for what they add in arithmetic?",
+    ),
+    Check(
         "onnxruntime_cuda",
         f"{_HERE}.checks_onnxruntime:onnxruntime_cuda",
         600,

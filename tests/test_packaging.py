@@ -23,6 +23,9 @@ STAGES = ("export", "engines", "benchmarks")
 DATA = {
     "moe3d_deploy/export/limits.json",
     "moe3d_deploy/benchmarks/results/of-a-test.json",
+    "moe3d_deploy/engines/native/plugin/expert_mix_kernel.cu",
+    "moe3d_deploy/engines/native/plugin/moe3d_expert_mix.h",
+    "moe3d_deploy/engines/native/plugin/c_entry.map",
     "moe3d_deploy/weights/of-a-test.json",
     "moe3d_deploy/weights/of-a-test.safetensors",
 }
@@ -32,6 +35,11 @@ LIMIT = "from moe3d_deploy.export.compare import Limits; print(Limits.of('fp16')
 
 # Trained weights are found beside the package's modules.
 WEIGHTS = "from moe3d_deploy import shipped_weights as s; print(s.weights_file('of-a-test').read_text(), end='')"
+
+# What builds the expert-mix kernel is there, all of it: the compiler would fail without one of its headers.
+SOURCES = (
+    "from moe3d_deploy.native.build import SOURCES\nprint(*sorted(path.name for path in SOURCES.iterdir()), sep='\\n')"
+)
 
 # Run from elsewhere: import every stage, say where they come from and whether that loaded a heavy library.
 PROBE = """
@@ -192,6 +200,8 @@ def test_installed_wheel_runs_from_elsewhere(wheel: Path, tmp_path: Path) -> Non
     check_installed(commands, site_packages_of(commands), tmp_path)
     assert succeed([str(commands / "python"), "-c", LIMIT], cwd=tmp_path) == "0.5\n"
     assert succeed([str(commands / "python"), "-c", WEIGHTS], cwd=tmp_path) == "weights\n"
+    sources = succeed([str(commands / "python"), "-c", SOURCES], cwd=tmp_path).split()
+    assert sources == sorted(path.name for path in (ROOT / "engines" / "native" / "plugin").iterdir())
 
 
 def test_unpacked_sdist_finds_its_data(sdist: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_auto_and_the_named_backend_are_the_same() -> None:
         ),
         ("bundle", {"view_chunk": 2}, "view_chunk is for PyTorch alone; leave it out for bundle {source}"),
         ("bundle", {"seed": 1}, "seed is for PyTorch alone; leave it out for bundle {source}"),
+        ("bundle", {"plugin": "none"}, "plugin is for PyTorch alone; leave it out for bundle {source}"),
         ("bundle", {"allow_pickle": True}, "allow_pickle is for PyTorch alone; leave it out for bundle {source}"),
         ("checkpoint", {"outputs": ["normals"]}, "output 'normals' is unknown; choose from depth, "),
     ],

@@ -30,6 +30,10 @@ _EXPERT_OUTPUTS = ("expert_weights", "expert_entropy")
 @click.option("--outputs", default="", help="PyTorch only: outputs beyond the default ones, separated by commas.")
 @click.option("--seed", type=click.IntRange(min=0), help="PyTorch presets only: seeded random weights.")
 @click.option("--view-chunk", type=click.IntRange(min=1), help="PyTorch only: views the dense heads take at a time.")
+@click.option(
+    "--plugin", metavar="PATH|none",
+    help="PyTorch on a GPU: the expert-mix kernel's library, or none; default: the one that is found.",
+)  # fmt: skip
 @click.option("--allow-pickle", is_flag=True, help="PyTorch only: read a .pt checkpoint (weights only).")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON per view and per scene instead of text.")
 def run_command(
@@ -53,6 +57,7 @@ def run_command(
     outputs: str,
     seed: int | None,
     view_chunk: int | None,
+    plugin: str | None,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -80,6 +85,7 @@ def run_command(
         seed=seed,
         allow_pickle=allow_pickle,
         view_chunk=view_chunk,
+        plugin=plugin,
         load=False,  # what takes long comes after all that may be wrong with the arguments
     )
     opened = time.perf_counter()
@@ -103,8 +109,9 @@ def run_command(
     prepared = time.perf_counter()
     session.load()
     loaded = time.perf_counter()
+    notes = [*found.notes, *session.notes]
     if not as_json:
-        for note in found.notes:
+        for note in notes:
             click.echo(note)
 
     before = {"load": opened - started + loaded - prepared, "images": prepared - opened}
@@ -119,7 +126,7 @@ def run_command(
         before = {}  # what comes before the scenes counts in the first
         if as_json:
             shape = {"views": views, "height": height, "width": width}
-            print_json_lines(folder, files, {"model": session.name, **shape, "seconds": seconds, "notes": found.notes})
+            print_json_lines(folder, files, {"model": session.name, **shape, "seconds": seconds, "notes": notes})
             continue
         times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
         click.echo(f"{session.name}: {views} views of {width}x{height}; {times}")

@@ -32,6 +32,10 @@ class Backend(Protocol):
     @property
     def output_names(self) -> Sequence[str]: ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for people on how it runs."""
+
     def load(self) -> None:
         """Get ready what takes long, unless it is; `run` does so too."""
 
@@ -67,6 +71,11 @@ class Session:
     def output_names(self) -> tuple[str, ...]:
         return tuple(self.backend.output_names)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for people, such as which form of the expert mix runs on a GPU; final once the session is loaded."""
+        return tuple(self.backend.notes)
+
     @classmethod
     def open(
         cls,
@@ -77,6 +86,7 @@ class Session:
         seed: int | None = None,
         allow_pickle: bool = False,
         view_chunk: int | None = None,
+        plugin: str | Path | None = None,
         load: bool = True,
     ) -> "Session":
         """Open a bundle (ONNX Runtime) or a checkpoint or preset (PyTorch); "auto" goes by what `source` is.
@@ -85,10 +95,11 @@ class Session:
                the session tells of itself is known at once
 
         The other arguments are PyTorch's: outputs beyond the default ones, the seed of random weights for a preset
-        (None: its trained ones, where it has them), whether a pickle may be read, and how many views the dense heads
-        take at a time.
+        (None: its trained ones, where it has them), whether a pickle may be read, how many views the dense heads
+        take at a time, and the expert-mix kernel on a GPU: its library, which then has to run, "none" for PyTorch's own
+        operators, or None for a library that is found (docs/plugin.md).
 
-        Raises BundleError, CheckpointError, InputError, or MissingExtraError.
+        Raises BundleError, CheckpointError, InputError, or MissingExtraError; Moe3dError for an unusable `plugin`.
         """
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; choose from {', '.join(BACKENDS)}")
@@ -103,11 +114,14 @@ class Session:
             if outputs:
                 raise InputError(f"the outputs of bundle {source} were chosen at export; export again with --outputs")
             given = {"seed": seed is not None, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
+            given["plugin"] = plugin is not None
             if unused := [name for name, is_given in given.items() if is_given]:
                 raise InputError(f"{unused[0]} is for PyTorch alone; leave it out for bundle {source}")
             session = cls._of_bundle(Path(source))
         else:
-            session = cls._of_checkpoint(source, outputs, seed, allow_pickle, view_chunk)
+            session = cls._of_checkpoint(
+                source, outputs, seed=seed, allow_pickle=allow_pickle, view_chunk=view_chunk, plugin=plugin
+            )
         if load:
             session.load()
         return session
@@ -125,12 +139,10 @@ class Session:
         return cls(backend, manifest.name, manifest.preprocessing, manifest.shape_ranges, manifest.config)
 
     @classmethod
-    def _of_checkpoint(
-        cls, source: str | Path, outputs: Sequence[str], seed: int | None, allow_pickle: bool, view_chunk: int | None
-    ) -> "Session":
+    def _of_checkpoint(cls, source: str | Path, outputs: Sequence[str], **options: Any) -> "Session":
         from moe3d_deploy.runtime.torch_backend import TorchBackend
 
-        backend = TorchBackend(source, outputs=outputs, seed=seed, allow_pickle=allow_pickle, view_chunk=view_chunk)
+        backend = TorchBackend(source, outputs=outputs, **options)
         config = backend.config
         return cls(backend, backend.name, Preprocessing.of(config), ShapeRanges.of(config), config)
 
@@ -192,6 +204,8 @@ class Session:
 
 class _BundleBackend:
     """A bundle in ONNX Runtime; its digests are checked before ONNX Runtime sees a byte. Engines do not matter here."""
+
+    notes = ()
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
