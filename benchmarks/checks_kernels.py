@@ -29,7 +29,7 @@ from moe3d_deploy.benchmarks.kernel_cases import (
 )
 from moe3d_deploy.benchmarks.timing import Effort, interleave
 from moe3d_deploy.native.build import build, find_nvcc
-from moe3d_deploy.native.library import FILE_NAME, VARIABLE, find, load
+from moe3d_deploy.native.loading import FILE_NAME, VARIABLE, find, load
 from moe3d_deploy.native.torch_op import Operands, arguments, empty_outputs, run_expert_mix
 
 TEMPERATURE = 0.7

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import Moe3dError
-from moe3d_deploy.native.library import CHANNELS_LAST, NCHW, TYPES, ExpertMixLibrary, Sizes, Tensors, load
+from moe3d_deploy.native.loading import CHANNELS_LAST, NCHW, TYPES, ExpertMixLibrary, Sizes, Tensors, load
 
 Bytes = NDArray[np.uint8]
 

@@ -21,7 +21,7 @@ from moe3d_deploy.benchmarks.kernel_cases import Case, cases, hidden_for, operan
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.native import torch_op
-from moe3d_deploy.native.library import VARIABLE, ExpertMixLibrary, load
+from moe3d_deploy.native.loading import VARIABLE, ExpertMixLibrary, load
 
 pytest_plugins = ["native_fixtures", "native_library"]
 pytestmark = pytest.mark.usefixtures("on_cpu")

@@ -16,7 +16,7 @@ from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import sha256_file
 from moe3d_deploy.native import __main__ as command_line
 from moe3d_deploy.native import build as building
-from moe3d_deploy.native import library
+from moe3d_deploy.native import loading
 from moe3d_deploy.runtime.expert_mix_choice import choose_mix
 
 pytest_plugins = ["native_fixtures", "native_library"]
@@ -28,11 +28,11 @@ BUILD_IT = "build it again with: python -m moe3d_deploy.native build"
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No library is named, built or installed; returns the folder that stands for the package's."""
-    monkeypatch.delenv(library.VARIABLE, raising=False)
-    monkeypatch.setattr(library, "PACKAGE_FOLDER", tmp_path / "package")
-    monkeypatch.setattr(library.sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.delenv(loading.VARIABLE, raising=False)
+    monkeypatch.setattr(loading, "PACKAGE_FOLDER", tmp_path / "package")
+    monkeypatch.setattr(loading.sys, "prefix", str(tmp_path / "prefix"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    if any(path.is_file() for path in library._usual_places()):
+    if any(path.is_file() for path in loading._usual_places()):
         pytest.skip("the kernel's library is installed for the whole machine")
     return tmp_path / "package"
 
@@ -46,40 +46,40 @@ def place(path: Path) -> Path:
 def test_a_named_library_comes_before_the_packages_and_that_before_an_installed_one(
     nothing_installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert library.find() is None
+    assert loading.find() is None
     installed = place(tmp_path / "home" / ".local" / "lib64" / "libmoe3d_expert_mix.so")
-    assert library.find() == library.Found(installed)
+    assert loading.find() == loading.Found(installed)
     nearer = place(tmp_path / "prefix" / "lib" / "libmoe3d_expert_mix.so")
-    assert library.find() == library.Found(nearer)
+    assert loading.find() == loading.Found(nearer)
     built = place(nothing_installed / "libmoe3d_expert_mix.so")
-    assert library.find() == library.Found(built)
+    assert loading.find() == loading.Found(built)
     monkeypatch.setenv("MOE3D_NATIVE", "mine.so")
-    assert library.find() == library.Found(Path("mine.so"), "MOE3D_NATIVE")
+    assert loading.find() == loading.Found(Path("mine.so"), "MOE3D_NATIVE")
 
 
 def test_the_structures_are_those_that_the_kernels_tests_use() -> None:
     """tests/native_host.py was written from the header on its own."""
-    for mine, theirs in ((library.Sizes, native_host.Sizes), (library.Tensors, native_host.Tensors)):
+    for mine, theirs in ((loading.Sizes, native_host.Sizes), (loading.Tensors, native_host.Tensors)):
         assert [(name, kind) for name, kind in mine._fields_] == [(name, kind) for name, kind in theirs._fields_]
-    assert native_host.TYPES == library.TYPES
-    assert {"nchw": library.NCHW, "channels_last": library.CHANNELS_LAST} == native_host.LAYOUTS
+    assert native_host.TYPES == loading.TYPES
+    assert {"nchw": loading.NCHW, "channels_last": loading.CHANNELS_LAST} == native_host.LAYOUTS
 
 
 def test_a_library_is_loaded_once_and_tells_its_digest(stand_in: Path) -> None:
-    loaded = library.load(stand_in)
-    assert library.load(stand_in) is loaded
+    loaded = loading.load(stand_in)
+    assert loading.load(stand_in) is loaded
     assert loaded.digest() == sha256_file(stand_in)
     assert loaded.text(4) == "the number of experts is out of range; expected 1 to 16"
 
 
 def test_a_real_build_of_the_entry_is_accepted(native_build: tuple[Path, str]) -> None:
     """The GPU's library by CMake: the ABI check needs no device."""
-    assert library.load(native_build[0] / "libmoe3d_expert_mix.so").text(0) == "ok"
+    assert loading.load(native_build[0] / "libmoe3d_expert_mix.so").text(0) == "ok"
 
 
 def test_a_path_that_leads_nowhere_names_the_command_that_builds_it(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        library.load(tmp_path / "none.so")
+        loading.load(tmp_path / "none.so")
     assert str(caught.value) == (
         f"{tmp_path / 'none.so'}: there is no such file; build the expert-mix kernel with: "
         "python -m moe3d_deploy.native build"
@@ -90,7 +90,7 @@ def test_a_file_that_is_no_library_is_said_to_be_none(tmp_path: Path) -> None:
     path = tmp_path / "text.so"
     path.write_text("no ELF\n")
     with pytest.raises(Moe3dError) as caught:
-        library.load(path)
+        loading.load(path)
     assert str(caught.value).startswith(f"{path} cannot be loaded: ")
     assert str(caught.value).endswith(BUILD_IT)
     assert "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_library_is_said_to_be_none(tmp_path: Path) -> None:
 def test_another_library_such_as_the_tensorrt_plugin_is_refused(tmp_path: Path) -> None:
     path = compiled(tmp_path / "libmoe3d_plugin_trt11.so", 'extern "C" int getCreators() { return 0; }')
     with pytest.raises(Moe3dError, match=r"has no function moe3d_expert_mix, so it is not libmoe3d_expert_mix\.so"):
-        library.load(path)
+        loading.load(path)
 
 
 # A structure of another version: a field more at its front, within it, and among the addresses.
@@ -136,20 +136,20 @@ extern "C" const char* moe3d_error_text(int status) { return moe3d::status_text(
 """
     path = compiled(tmp_path / "lib.so", source, f"-I{tmp_path}")
     with pytest.raises(Moe3dError) as caught:
-        library.load(path)
+        loading.load(path)
     assert str(caught.value) == f"{path} is of another version of this package: {fault}; {BUILD_IT}"
 
 
 def test_a_library_that_refuses_nothing_is_refused(tmp_path: Path) -> None:
     path = compiled(tmp_path / "lib.so", spoilt_entry(0))
     with pytest.raises(Moe3dError, match="a wrong type gives status 0, expected 2"):
-        library.load(path)
+        loading.load(path)
 
 
 def test_loading_needs_neither_torch_nor_a_gpu_package(stand_in: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from moe3d_deploy.native import build, library\n"
-        f"library.load(Path({str(stand_in)!r}))\n"
+        "import sys; from pathlib import Path; from moe3d_deploy.native import build, loading\n"
+        f"loading.load(Path({str(stand_in)!r}))\n"
         "assert not {'torch', 'numpy', 'onnxruntime', 'tensorrt'} & set(sys.modules)"
     )
     assert run(sys.executable, "-c", script) == ""
@@ -198,7 +198,7 @@ def test_a_build_calls_nvcc_once_and_checks_what_came(
     monkeypatch.setenv("CUDACXX", str(tmp_path / "bin" / "nvcc"))
     path = building.build(tmp_path / "new" / "out", [89])
     assert path == tmp_path / "new" / "out" / "libmoe3d_expert_mix.so"
-    assert library.load(path).text(0) == "ok"
+    assert loading.load(path).text(0) == "ok"
     (line,) = words.read_text().splitlines()
     assert "-gencode=arch=compute_89,code=sm_89 -gencode=arch=compute_89,code=compute_89" in line
     assert "compute_75" not in line
@@ -243,7 +243,7 @@ def test_the_library_by_nvcc_alone_is_that_of_cmake(tmp_path: Path) -> None:
     """Built for real, for one architecture: it loads, and exports the two functions alone."""
     tool("nvcc", "compiles the kernels")
     path = building.build(tmp_path, [89])
-    assert library.load(path).text(0) == "ok"
+    assert loading.load(path).text(0) == "ok"
     exported = run(tool("nm", "lists symbols"), "-D", "--defined-only", path)
     assert sorted(line.split()[-1] for line in exported.splitlines()) == ["moe3d_error_text", "moe3d_expert_mix"]
 

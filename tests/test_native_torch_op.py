@@ -12,7 +12,7 @@ from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.model.experts import MergedExperts, expert_mix
 from moe3d_deploy.native import torch_op
-from moe3d_deploy.native.library import CHANNELS_LAST, NCHW
+from moe3d_deploy.native.loading import CHANNELS_LAST, NCHW
 from moe3d_deploy.native.torch_op import KernelExperts, run_expert_mix, self_test
 
 pytest_plugins = ["native_fixtures", "native_library"]
@@ -196,6 +196,6 @@ def test_the_self_test_finds_a_nan(stand_in: Path, monkeypatch: pytest.MonkeyPat
 
     empty = torch_op.empty_outputs
     monkeypatch.setattr(torch_op, "empty_outputs", not_written)
-    monkeypatch.setattr("moe3d_deploy.native.library.ExpertMixLibrary.mix", lambda *_: None)
+    monkeypatch.setattr("moe3d_deploy.native.loading.ExpertMixLibrary.mix", lambda *_: None)
     with pytest.raises(Moe3dError, match="is off by 1e\\+30"):
         self_test(merged_experts(), stand_in, CPU)

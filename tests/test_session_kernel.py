@@ -16,7 +16,7 @@ from moe3d_deploy.cli.main import main
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.native import torch_op
-from moe3d_deploy.native.library import VARIABLE, Found
+from moe3d_deploy.native.loading import VARIABLE, Found
 from moe3d_deploy.runtime import expert_mix_choice, torch_backend
 from moe3d_deploy.runtime.session import Session
 

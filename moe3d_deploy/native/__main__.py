@@ -9,7 +9,7 @@ from moe3d_deploy.cli.arguments import comma_list
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.native.build import build
-from moe3d_deploy.native.library import BUILD_COMMAND, PACKAGE_FOLDER, VARIABLE, find, load
+from moe3d_deploy.native.loading import BUILD_COMMAND, PACKAGE_FOLDER, VARIABLE, find, load
 
 
 @click.group()

@@ -11,7 +11,7 @@ import moe3d_deploy
 from moe3d_deploy import cuda_driver
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_path
-from moe3d_deploy.native.library import FILE_NAME, PACKAGE_FOLDER, ExpertMixLibrary
+from moe3d_deploy.native.loading import FILE_NAME, PACKAGE_FOLDER, ExpertMixLibrary
 
 SOURCES = Path(moe3d_deploy.__file__).resolve().parent / "engines" / "native" / "plugin"
 OLDEST = 75  # compute capability times 10: TensorRT's floor, and that of engines/native/cmake

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.model.experts import MergedExperts, Mixture, expert_mix
-from moe3d_deploy.native.library import ALIGNMENT_BYTES, CHANNELS_LAST, NCHW, TYPES, WIDTH_STEP, Sizes, Tensors, load
+from moe3d_deploy.native.loading import ALIGNMENT_BYTES, CHANNELS_LAST, NCHW, TYPES, WIDTH_STEP, Sizes, Tensors, load
 
 DEVICE_TYPE = "cuda"  # whose memory the library reads
 

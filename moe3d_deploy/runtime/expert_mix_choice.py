@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe3d_deploy.config import ModelConfig, MoeConfig
 from moe3d_deploy.errors import InputError, Moe3dError
-from moe3d_deploy.native.library import BUILD_COMMAND, MAX_EXPERTS, WIDTH_STEP, find, load
+from moe3d_deploy.native.loading import BUILD_COMMAND, MAX_EXPERTS, WIDTH_STEP, find, load
 
 NO_PLUGIN = "none"  # for `plugin`: PyTorch's operators, whatever libraries there are
 _OF_CANDIDATES = ("expert_depths", "depth_variance")  # outputs that need each expert's own depth
@@ -36,7 +36,7 @@ class MixChoice:
 def choose_mix(plugin: str | Path | None, config: ModelConfig, outputs: Collection[str], device_type: str) -> MixChoice:
     """What to run for this model, these outputs and this kind of device.
 
-    plugin   path of libmoe3d_expert_mix.so, "none", or None: what `native.library.find` finds
+    plugin   path of libmoe3d_expert_mix.so, "none", or None: what `native.loading.find` finds
 
     Raises InputError where the kernel is asked for by path and cannot serve, and for a path that leads nowhere;
     Moe3dError for a named file that is no such library.
