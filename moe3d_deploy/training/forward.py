@@ -11,6 +11,7 @@ from moe3d_deploy.errors import InputError
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.model.dpt import DptHead, Grid, activate_depth
 from moe3d_deploy.model.experts import mix
+from moe3d_deploy.model.moe3d import Backbone
 from moe3d_deploy.training.options import TRAINED_PARTS
 
 _NEVER_TRAINED = ("point_head.", "aggregator.patch_embed.mask_token")  # no loss reads them
@@ -61,20 +62,18 @@ def training_forward(
                  training. Activations and the mix are float32 in any case
     """
     _require_separate(model)
-    levels, poses = backbone_forward(model, images)
-    patch = model.config.patch_size
-    grid = Grid(images.shape[-2] // patch, images.shape[-1] // patch)
+    (levels, _, grid), poses = backbone_forward(model, images)
     with contextlib.nullcontext() if half_dense else _float32(images):
         features = model.depth_head.features(levels, grid)
         outputs = _last_stage(model.depth_head, features, images.shape[1], temperature, poses)
     return outputs._replace(levels=levels)
 
 
-def backbone_forward(model: MoE3D, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The part of `training_forward` that costs the least: levels (B S, P, D) and cameras (B, S, 9) per iteration."""
-    levels, camera_tokens, _ = model.backbone(images)
+def backbone_forward(model: MoE3D, images: Tensor) -> tuple[Backbone, list[Tensor]]:
+    """`training_forward` without the depth head: what that would read, and the cameras (B, S, 9) per iteration."""
+    backbone = model.backbone(images)
     with _float32(images):
-        return levels, model.camera_head(camera_tokens)
+        return backbone, model.camera_head(backbone.camera_tokens)
 
 
 def frozen_levels(model: MoE3D, images: Tensor) -> list[Tensor]:

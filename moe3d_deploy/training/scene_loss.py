@@ -49,7 +49,7 @@ class SceneLoss(nn.Module):
         weights = None
         if self.backbone_alone:
             with self._half(batch):
-                levels, poses = backbone_forward(self.model, batch.images)
+                (levels, *_), poses = backbone_forward(self.model, batch.images)
             camera, parts = camera_loss(poses, targets.pose_enc, self.options)
             per_scene, parts = self.options.camera_weight * camera, {"camera": camera.detach(), **_detached(parts)}
         else:
