@@ -93,7 +93,8 @@ def test_what_speaks_against_an_engine_stands_below_it_and_what_to_do_at_the_end
         "- built by TensorRT-RTX 1.6.1, here is 1.7.1.116",
         "- there is no CUDA driver",
     ]
-    assert f"  note: moe3d-export {bundle} --builder tensorrt-rtx" in result.stdout.splitlines()
+    rebuild = f"moe3d-export {bundle} --builder tensorrt-rtx --views 1:4:8 --height 392 --width 518 --target sm89"
+    assert f"  note: {rebuild}" in result.stdout.splitlines()
     assert result.stdout.index("to do") < result.stdout.index("note: run engines on a machine with an NVIDIA GPU")
 
 
