@@ -35,3 +35,14 @@ def test_many_views_do_not_make_an_endless_sheet() -> None:
 def test_the_title_is_drawn_above_the_pictures() -> None:
     sheet = overview([{"depth": picture(RED)}])
     assert (sheet[:28] < 200).any()
+
+
+def test_titles_wider_than_their_pictures_do_not_run_into_each_other() -> None:
+    titles = ["a title much wider than its picture", "another one"]
+    sheet = overview([{title: picture(RED, width=20) for title in titles}])
+    starts = np.flatnonzero(np.diff((sheet == RED).all(axis=-1).any(axis=0).astype(int)) == 1)
+    ink = (sheet[:28] < 200).any(axis=(0, 2))
+    assert len(starts) == 2
+    assert not ink[starts[1] - 4 : starts[1] + 1].any()
+    assert ink[: starts[1]].sum() > 100
+    assert ink[starts[1] + 1 :].any()
