@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moe3d-setup
 
-.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz demo native clean
+.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz model-card demo native clean
 
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
@@ -20,7 +20,8 @@ help:
 	@echo "make mutants           whether the tests notice small changes of the code, likewise: most of an hour"
 	@echo "make reliability       the survival matrix, kill and fuzz campaigns, docs/reliability.md: about an hour"
 	@echo "make fuzz              of those, the fuzz campaign"
-	@echo "make demo              preset to depth maps, in demo/"
+	@echo "make model-card        judge moe3d-tiny, compare heads on it, docs/model_card.md: most of an hour"
+	@echo "make demo              moe3d-tiny to depth of scenes it has never seen, beside the truth, in demo/"
 	@echo "make native            the expert-mix kernels as a library for PyTorch on CUDA; needs nvcc"
 	@echo "make clean             remove what builds, tests and the demo left; $(VENV) stays"
 
@@ -65,6 +66,15 @@ reliability: setup
 fuzz: setup
 	$(PY) -m pip install --quiet --constraint constraints.txt atheris
 	$(PY) -m moe3d_deploy.benchmarks.reliability --out benchmarks/results/reliability_cpu.json --only fuzz $(ARGS)
+	$(PY) -m moe3d_deploy.benchmarks.tables
+
+# The scenes are the same on every machine, so the card's figures can be checked by anyone. Pictures first: they are quick.
+model-card: setup
+	rm -rf docs/model_card
+	$(PY) -m moe3d_deploy eval moe3d-tiny --scenes test-kinds --count 1 --pictures docs/model_card
+	$(PY) -m moe3d_deploy.benchmarks.quality moe3d-tiny --out benchmarks/results/quality_tiny.json
+	$(PY) -m moe3d_deploy.benchmarks.heads moe3d-tiny --out benchmarks/results/heads_tiny.json --pictures docs/model_card \
+	    --height 84 --width 112 $(ARGS)
 	$(PY) -m moe3d_deploy.benchmarks.tables
 
 demo: setup

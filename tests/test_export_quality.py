@@ -28,7 +28,6 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.quality import QualityPlan
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
-from moe3d_deploy.shipped_weights import FOLDER
 
 PLAN = QualityPlan(scenes=2, views=2, height=28, width=42)
 SEEDED = {"origin": "preset:moe3d-tiny seed 0", "licence": "seeded random weights, no licence"}
@@ -82,7 +81,6 @@ def test_a_file_and_its_rounding_are_within_the_limits_of_fp16(tmp_path: Path) -
     assert found["rounded"].changes["abs_rel"].reference == found["executed"].changes["abs_rel"].reference
 
 
-@pytest.mark.skipif(not any(FOLDER.glob("moe3d-tiny.*")), reason="no trained weights are shipped yet")
 def test_the_trained_weights_survive_rounding_to_fp16(tmp_path: Path) -> None:
     """Their AbsRel is small enough to tell a fault; that of seeded weights hardly moves."""
     plan = QualityPlan(scenes=1, views=2, height=84, width=112)

@@ -178,7 +178,6 @@ def test_inspect_prints_origin_digest_and_licence_of_a_bundle() -> None:
     assert f"checkpoint    {ORIGIN}\n              sha256 {'a' * 64}\nlicence       {LICENCE}\n" in text
 
 
-@pytest.mark.skipif(not any(FOLDER.glob("moe3d-tiny.*")), reason="no trained weights are shipped yet")
 def test_the_packages_own_weights_are_whole_finite_and_small() -> None:
     source = open_checkpoint("moe3d-tiny")
 
