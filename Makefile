@@ -8,7 +8,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moe3d-setup
 
-.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz model-card demo native clean
+.PHONY: help setup lint test test-full test-golden-full coverage mutants reliability fuzz model-card demo native verify-tensorrt clean
 
 help:
 	@echo "make setup             virtual environment in $(VENV), pinned dependencies, editable install"
@@ -23,6 +23,7 @@ help:
 	@echo "make model-card        judge moe3d-tiny, compare heads on it, docs/model_card.md: most of an hour"
 	@echo "make demo              moe3d-tiny to depth of scenes it has never seen, beside the truth, in demo/"
 	@echo "make native            the expert-mix kernels as a library for PyTorch on CUDA; needs nvcc"
+	@echo "make verify-tensorrt   with TensorRT and a GPU: engines with and without the plugin, run, compared, timed"
 	@echo "make clean             remove what builds, tests and the demo left; $(VENV) stays"
 
 setup: $(STAMP)
@@ -32,7 +33,7 @@ setup: $(STAMP)
 $(STAMP): setup.cfg constraints.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --constraint constraints.txt torch
-	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,train,viz,dev]'
+	$(PY) -m pip install --constraint constraints.txt --editable '.[export,cpu,rtx,train,viz,bench,dev]'
 	@touch $@
 
 lint: setup
@@ -82,6 +83,10 @@ demo: setup
 
 native: setup
 	$(PY) -m moe3d_deploy.native build $(ARGS)
+
+# TensorRT comes with the extra trt, or with NVIDIA's own packages, which VENV then has to see.
+verify-tensorrt: setup
+	$(PY) -m moe3d_deploy.benchmarks.verify_tensorrt $(ARGS)
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moe3d_deploy.model import MoE3D
 
 PRESET = "moe3d-tiny"
-_TO_EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime")
+TO_EXPORT = ("torch", "onnx", "onnxscript", "onnxruntime")
 _OF_PRESET = re.compile(r"preset:(\S+) (?:seed (\d+)|trained weights)")
 
 
@@ -30,7 +30,7 @@ def find_bundle(run: CheckRun) -> Bundle:
     path = run.work / "bundle"
     if path.exists():
         return Bundle.open(path)
-    if missing := [name for name in _TO_EXPORT if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in TO_EXPORT if importlib.util.find_spec(name) is None]:
         run.skip(f"{missing[0]} is not installed, so nothing can be exported here; give --bundle")
     from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
     from moe3d_deploy.export.source import SourceSpec
@@ -76,10 +76,14 @@ class Reference:
         return images_for(shape_in_patches, self.patch_size)
 
     def outputs(self, shape_in_patches: Shape) -> dict[str, NDArray[Any]]:
+        return self.outputs_of(self.images(shape_in_patches))
+
+    def outputs_of(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """What PyTorch gives for images (B, S, 3, H, W) in [0, 1]."""
         import torch
 
         with torch.inference_mode():
-            found = self._model(torch.from_numpy(self.images(shape_in_patches)).to(self.device), outputs=self._optional)
+            found = self._model(torch.from_numpy(images).to(self.device), outputs=self._optional)
         return {name: found[name].cpu().numpy() for name in self.names}
 
 

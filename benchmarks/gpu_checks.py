@@ -33,6 +33,12 @@ CHECKS: tuple[Check, ...] = (
         "does a TensorRT-RTX engine run on this card and give PyTorch's depth?",
     ),
     Check(
+        "tensorrt_plugin",
+        f"{_HERE}.checks_tensorrt:tensorrt_plugin",
+        1800,
+        "do TensorRT's engines with and without the expert-mix plugin give PyTorch's depth, and how fast are they?",
+    ),
+    Check(
         "torch_golden",
         f"{_HERE}.checks_torch:torch_golden",
         300,

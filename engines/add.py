@@ -4,19 +4,20 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle, add_engine, engine_name
-from moe3d_deploy.engines.audit import expected, require_audit
+from moe3d_deploy.engines.audit import check_names, expected, require_audit
 from moe3d_deploy.engines.build import build, check_request
 from moe3d_deploy.engines.cache import EngineCache, Entry, engine_key
 from moe3d_deploy.engines.planned import plan_beside_build
+from moe3d_deploy.engines.plugin_rules import check_model_for_plugin
 from moe3d_deploy.engines.shapes import ShapeProfile
-from moe3d_deploy.errors import EngineError
+from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.manifest import EngineRecord, Manifest, Profile
 
 _DEFAULTS = trt.BuildFlags()
@@ -29,6 +30,9 @@ def add_built_engine(
     *,
     compute_capabilities: Sequence[trt.Capability] | None = None,
     flags: trt.BuildFlags = _DEFAULTS,
+    plugin: trt.PluginLibrary | None = None,
+    accept: Collection[str] = (),
+    part: str | None = None,
     cache: EngineCache | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     on_drop: Callable[[str], None] | None = None,
@@ -38,6 +42,10 @@ def add_built_engine(
     builder               tensorrt, tensorrt-rtx or auto
     shapes                one profile or several
     compute_capabilities  TensorRT-RTX: (major, minor) of each GPU to build for; TensorRT builds for this machine's
+    plugin                library of the expert mix for TensorRT; the engine gets a name of its own, and needs that very
+                          library, whose SHA-256 is in the record, wherever it is loaded
+    accept                names of engines.audit.FINDINGS that may stand
+    part                  role of the part that it is built of, in a bundle whose model is split
     cache                 where the engine is looked for first and kept afterwards; None builds it in any case
     progress              progress(phase, step, total)
     on_drop               gets the file name of each engine record that went because its file is missing or damaged
@@ -49,22 +57,30 @@ def add_built_engine(
     """
     profiles = (shapes,) if isinstance(shapes, ShapeProfile) else tuple(shapes)
     now = Bundle.open(bundle.path, verify="sizes", engines=False).manifest
-    expected(now)  # a precision that no audit knows is refused before the build
-    builder = check_request(builder, flags, compute_capabilities, opset=now.opset, precision=now.precision)
+    onnx_path = _onnx_path(bundle.path, now, part)
+    want = expected(now, part)  # a precision that no audit knows is refused before the build
+    check_names(accept)
+    check_model_for_plugin(now.config, now.merged_experts, plugin)
+    if plugin and not want.expert_mix:
+        raise InputError(f"--plugin: the {part} of a split model mixes no experts: leave it out")
+    builder = check_request(
+        builder, flags, compute_capabilities, opset=now.opset, precision=now.precision, plugin=plugin
+    )
     capabilities = trt.target_capabilities(builder, compute_capabilities)
-    planned = _plan(now, builder, capabilities, profiles)
+    planned = _plan(now, builder, capabilities, profiles, with_plugin=plugin is not None, part=part)
     final_log = (bundle.path / planned.file).with_suffix(".log")
     log = final_log.with_name(f".{final_log.stem}.partial-{secrets.token_hex(4)}.log")  # goes like a killed writer's
 
     def build_here(path: Path, messages: Path) -> dict[str, Any]:
         return build(
-            bundle.model_path,
+            onnx_path,
             path,
             profiles,
             precision=now.precision,
             builder=builder,
             compute_capabilities=capabilities,
             flags=flags,
+            plugin=plugin,
             log_path=messages,
             progress=progress,
         )
@@ -74,11 +90,11 @@ def add_built_engine(
             raise EngineError(f"bundle {bundle.path} was replaced by another meanwhile; build its engine again")
         kept = entry.fetch(path, log) if entry else None
         if kept is not None:
-            built, audit = kept, _audited(kept, manifest, planned)
+            built, audit = kept, _audited(kept, manifest, planned, plugin, accept)
         else:
             with _messages(log, entry) as messages:
                 built = build_here(path, messages)
-                audit = _audited(built, manifest, planned)
+                audit = _audited(built, manifest, planned, plugin, accept)
             if entry:
                 entry.store(path, built, log)
         return replace(
@@ -94,12 +110,13 @@ def add_built_engine(
         entry: Entry | None = None
         if cache:
             key = engine_key(
-                bundle.model_path,
+                onnx_path,
                 profiles,
                 builder=builder,
                 builder_version=planned.builder_version,
                 compute_capabilities=capabilities,
                 flags=flags,
+                plugin=plugin.path if plugin else None,
             )
             entry = stack.enter_context(cache.entry(key))
         stack.callback(log.unlink, missing_ok=True)
@@ -108,6 +125,16 @@ def add_built_engine(
             os.replace(log, final_log)
     record = next(engine for engine in after.manifest.engines if engine.file == planned.file)
     return after, record
+
+
+def _onnx_path(bundle: Path, manifest: Manifest, part: str | None) -> Path:
+    """The ONNX file that the engine is built of. Raises InputError for a part that is not there, or not named."""
+    if part:
+        return bundle / manifest.part(part).file
+    if manifest.parts:
+        roles = ", ".join(one.role for one in manifest.parts)
+        raise InputError(f"the model of bundle {bundle} is split: an engine is of one of its parts, {roles}")
+    return bundle / manifest.model_file
 
 
 @contextlib.contextmanager
@@ -131,15 +158,23 @@ def _messages(log: Path, entry: Entry | None) -> Iterator[Path]:
 
 
 def _plan(
-    manifest: Manifest, builder: str, capabilities: Sequence[trt.Capability], shapes: Sequence[ShapeProfile]
+    manifest: Manifest,
+    builder: str,
+    capabilities: Sequence[trt.Capability],
+    shapes: Sequence[ShapeProfile],
+    *,
+    with_plugin: bool = False,
+    part: str | None = None,
 ) -> EngineRecord:
     """The record of the engine as far as it is known before the build."""
     version = trt.available()[builder]
     targets = tuple(10 * major + minor for major, minor in capabilities)
     profiles = tuple(Profile(shape.min, shape.opt, shape.max) for shape in shapes)
     short = ".".join(version.split(".")[:3])
+    if with_plugin:
+        short += "+plugin"  # so that it lies beside the engine that needs no library
     name = engine_name(
-        manifest.name, profiles[0], manifest.precision, targets, builder, short, more_profiles=profiles[1:]
+        manifest.name, profiles[0], manifest.precision, targets, builder, short, more_profiles=profiles[1:], part=part
     )
     return EngineRecord(
         file="engines/" + name,
@@ -148,18 +183,34 @@ def _plan(
         compute_capabilities=targets,
         precision=manifest.precision,
         profiles=profiles,
+        part=part,
     )
 
 
-def _audited(built: dict[str, Any], manifest: Manifest, planned: EngineRecord) -> dict[str, Any]:
+def _audited(
+    built: dict[str, Any],
+    manifest: Manifest,
+    planned: EngineRecord,
+    plugin: trt.PluginLibrary | None,
+    accept: Collection[str],
+) -> dict[str, Any]:
     """The audit of a good engine, with what was predicted for it beside what it is. Raises EngineError for another."""
     facts = built["audit"]
-    audit = require_audit(facts, manifest, built_by=(planned.builder, built["builder_version"]))
+    audit = require_audit(
+        facts,
+        manifest,
+        built_by=(planned.builder, built["builder_version"]),
+        plugin=plugin is not None,
+        profiles=planned.profiles,
+        accept=accept,
+        part=planned.part,
+    )
     plan = plan_beside_build(
         manifest,
         planned.profiles,
         activation_bytes=facts["activation_memory_bytes"],
         plan_bytes=built["build"]["plan_bytes"],
+        part=planned.part,
     )
     return {**audit, "plan": plan}
 

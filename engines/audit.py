@@ -5,13 +5,27 @@ sizes and the precision policy give. A builder makes a float32 engine of a float
 """
 
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from moe3d_deploy.engines.plugin_rules import parser_takes
-from moe3d_deploy.errors import EngineError
-from moe3d_deploy.manifest import Manifest
+from moe3d_deploy.engines.attention_memory import attention_of_profiles
+from moe3d_deploy.engines.planned import has_point_head
+from moe3d_deploy.engines.plugin_rules import must_remove_function, parser_takes
+from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.manifest import Manifest, Profile
 from moe3d_deploy.trt import NetworkFacts, title
+
+FINDINGS = {
+    "strong-typing": "the builder was free to choose types",
+    "matmul-types": "matrix products of other types or number",
+    "attention-types": "attention operators of other types or number",
+    "convolution-types": "convolutions of other types or number",
+    "expert-mix": "another number of expert mixes, or a plugin where the function was to be taken, or the other way",
+    "other-plugin": "a plugin layer that is no expert mix",
+    "attention": "attention that is not fused, by the compiled layers or by the activation memory",
+}
+"""The names by which a finding may be accepted, and what each is."""
 
 # Types of the trunk's matrix products and attention, of the patch convolution, and of the dense heads' convolutions.
 _TYPES = {
@@ -49,27 +63,46 @@ class Expected:
     expert_mix: int
 
 
-def expected(manifest: Manifest) -> Expected:
-    """What an engine of this bundle has to hold. Raises EngineError for a precision without a known policy."""
+class Finding(NamedTuple):
+    """One difference, by its name in FINDINGS, in words."""
+
+    name: str
+    text: str
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise InputError for a name that no finding has."""
+    for name in names:
+        if name not in FINDINGS:
+            raise InputError(f"--accept {name}: the audit has no such finding; its findings are {', '.join(FINDINGS)}")
+
+
+def expected(manifest: Manifest, part: str | None = None) -> Expected:
+    """What an engine of this bundle, or of the part of a role, has to hold.
+
+    Raises EngineError for a precision without a known policy.
+    """
     config, precision = manifest.config, manifest.precision
     if precision not in _TYPES:
         known = ", ".join(_TYPES)
         raise EngineError(f"{manifest.name}: no audit knows precision {precision!r}; export with one of {known}")
-    blocks = config.vit.depth + 2 * config.aggregator.depth  # the aggregator's come in pairs
-    wide, last = _branches(manifest)
-    dense = (1 + _has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD + wide
+    encodes, aggregates = part in (None, "encoder", "aggregator"), part in (None, "decoder", "aggregator")
+    has_heads = part in (None, "decoder", "heads")
+    blocks = config.vit.depth * encodes + 2 * config.aggregator.depth * aggregates  # the aggregator's come in pairs
+    wide, last = _branches(manifest) if has_heads else (0, 0)
+    dense = (1 + has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD * has_heads + wide
     trunk, patch, heads = _TYPES[precision]
     as_operator = manifest.opset >= ATTENTION_OPSET
     convolutions: Counter[str] = Counter()
-    for dtype, count in ((patch, 1), (heads, dense), ("fp32", last)):
+    for dtype, count in ((patch, int(encodes)), (heads, dense), ("fp32", last)):
         convolutions[dtype] += count
     return Expected(
         blocks=blocks,
         trunk=trunk,
         products=blocks * (_LINEAR_OF_A_BLOCK + (0 if as_operator else 2)),
-        attentions={trunk: blocks} if as_operator else {},
+        attentions={trunk: blocks} if as_operator and blocks else {},
         convolutions={dtype: count for dtype, count in convolutions.items() if count},
-        expert_mix=int(manifest.merged_experts),
+        expert_mix=int(manifest.merged_experts and has_heads),
     )
 
 
@@ -78,27 +111,35 @@ def _branches(manifest: Manifest) -> tuple[int, int]:
     moe = manifest.config.moe
     branches = moe.num_experts + 1 if moe else 1
     wide, last = (1, 0) if manifest.merged_experts else (branches, branches)
-    points = _has_point_head(manifest)
+    points = has_point_head(manifest)
     return wide + points, last + points
 
 
-def _has_point_head(manifest: Manifest) -> bool:
-    return any(tensor.name in ("point_map", "point_map_conf") for tensor in manifest.outputs)
-
-
 def audit(
-    facts: dict[str, Any], manifest: Manifest, *, built_by: tuple[str, str] | None = None, plugin: bool = False
+    facts: dict[str, Any],
+    manifest: Manifest,
+    *,
+    built_by: tuple[str, str] | None = None,
+    plugin: bool = False,
+    profiles: Sequence[Profile] = (),
+    accept: Collection[str] = (),
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Compare what `engines.build` found in an engine, the `audit` of its record, with what `manifest` asks for.
 
     built_by   builder and its version: whether function or plugin ran has to be what its parser takes
     plugin     whether a plugin for the expert mix was registered for the build
+    profiles   of the engine; without them its activation memory tells nothing of the attention
+    accept     names of FINDINGS that may stand
+    part       role of the part that the engine is of; None: the whole model
 
-    Returns a JSON-able dict: `summary` (one line for people), `faults` (empty for a good engine), `notes`, and the
-    figures; `expert_mix` says what ran: function, plugin, or plain where there is none of both. Raises EngineError for
-    facts that are not complete.
+    Returns a JSON-able dict: `summary` (one line for people), `findings` (all differences, each `name`, `text` and
+    whether it is `accepted`), `notes`, and the figures; `expert_mix` says what ran: function, plugin, or plain where
+    there is none of both. Raises EngineError for facts that are not complete, InputError for a name in `accept` that no
+    finding has.
     """
-    want = expected(manifest)
+    check_names(accept)
+    want = expected(manifest, part)
     try:
         network = NetworkFacts(**facts["network"])
         fused = facts["compiled"] and facts["compiled"]["fused_attention"]
@@ -108,23 +149,32 @@ def audit(
             f"the builder's report on the engine of {manifest.name} is not complete ({error}), so it "
             "cannot be audited; build it again with one version of moe3d-deploy"
         ) from error
-    unfused = fused == 0
+    memory = attention_of_profiles(manifest, profiles, figures["activation_memory_bytes"]) if profiles else []
     parts = (
-        f"{want.trunk} matmuls {_share(network.matmul, want.trunk)}",
+        *([f"{want.trunk} matmuls {_share(network.matmul, want.trunk)}"] if want.blocks else []),
         _convolutions(network.convolution, want),
         _mix(network),
-        "attention fusion not told" if fused is None else f"attention fused {fused} of {want.blocks}",
+        _attention(fused, memory, want) if want.blocks else "no attention",
         "executed" if figures["executed"] else "not executed",
     )
+    findings = [
+        *_type_findings(network, want, manifest.precision),
+        *_mix_findings(network, want),
+        *_precedence_findings(network, built_by, plugin),
+        *_attention_findings(fused, memory, want),
+    ]
+    found = {finding.name for finding in findings}
     return {
         "summary": ", ".join(parts),
-        "faults": [
-            *_type_faults(network, want, manifest.precision),
-            *_mix_faults(network, want),
-            *_precedence_faults(network, built_by, plugin),
-            *_attention_faults(fused, want),
+        "findings": [{**finding._asdict(), "accepted": finding.name in accept} for finding in findings],
+        "notes": [
+            *(
+                ["attention is not fused: its memory grows with the square of the tokens"]
+                if fused == 0 and want.blocks
+                else []
+            ),
+            *(f"--accept {name} was not needed" for name in dict.fromkeys(accept) if name not in found),
         ],
-        "notes": ["attention is not fused: its memory grows with the square of the tokens"] if unfused else [],
         "strongly_typed": network.strongly_typed,
         "matmuls": network.matmul,
         "attention_operators": network.attention,
@@ -132,19 +182,29 @@ def audit(
         "expert_mix": _mix_taken(network) or "plain",
         "attentions": want.blocks,
         "fused_attention": fused,
+        "attention_memory": memory,
         **figures,
     }
 
 
 def require_audit(
-    facts: dict[str, Any], manifest: Manifest, *, built_by: tuple[str, str] | None = None, plugin: bool = False
+    facts: dict[str, Any],
+    manifest: Manifest,
+    *,
+    built_by: tuple[str, str] | None = None,
+    plugin: bool = False,
+    profiles: Sequence[Profile] = (),
+    accept: Collection[str] = (),
+    part: str | None = None,
 ) -> dict[str, Any]:
     """The `audit` of a good engine. Raises EngineError, in one line, for one that is not what its bundle promises."""
-    result = audit(facts, manifest, built_by=built_by, plugin=plugin)
-    if result["faults"]:
+    result = audit(facts, manifest, built_by=built_by, plugin=plugin, profiles=profiles, accept=accept, part=part)
+    faults = [finding for finding in result["findings"] if not finding["accepted"]]
+    if faults:
+        flags = " ".join(f"--accept {name}" for name in dict.fromkeys(fault["name"] for fault in faults))
         raise EngineError(
             f"the engine of {manifest.name} is not the {manifest.precision} engine that its bundle promises: "
-            f"{'; '.join(result['faults'])}"
+            f"{'; '.join(fault['text'] for fault in faults)}; or let it stand: {flags}"
         )
     return result
 
@@ -152,10 +212,10 @@ def require_audit(
 _EXPORT_AGAIN = "export the model again"
 
 
-def _type_faults(network: NetworkFacts, want: Expected, precision: str) -> list[str]:
-    faults = []
+def _type_findings(network: NetworkFacts, want: Expected, precision: str) -> Iterator[Finding]:
     if network.strongly_typed is not True:
-        faults.append("its network is not strongly typed, so the builder chose the types: use TensorRT 10.3 or newer")
+        text = "its network is not strongly typed, so the builder chose the types: use TensorRT 10.3 or newer"
+        yield Finding("strong-typing", text)
     products, sixteen_bit = network.matmul, want.trunk != "fp32"
     of_trunk = products.get(want.trunk, 0)
     fits = of_trunk == want.products if sixteen_bit else of_trunk >= want.products
@@ -163,14 +223,15 @@ def _type_faults(network: NetworkFacts, want: Expected, precision: str) -> list[
         asked = f"{want.products} {want.trunk} matmuls and the others"
         if not sixteen_bit:
             asked = f"{want.products} or more matmuls"
-        faults.append(f"{precision} asks for {asked} in fp32, the network has {_counts(products)}: {_EXPORT_AGAIN}")
-    if network.attention != want.attentions:
-        asked, found = _counts(want.attentions), _counts(network.attention)
-        faults.append(f"{precision} asks for {asked} attention operators, the network has {found}: {_EXPORT_AGAIN}")
-    if network.convolution != want.convolutions:
-        asked, found = _counts(want.convolutions), _counts(network.convolution)
-        faults.append(f"{precision} asks for {asked} convolutions, the network has {found}: {_EXPORT_AGAIN}")
-    return faults
+        text = f"{precision} asks for {asked} in fp32, the network has {_counts(products)}: {_EXPORT_AGAIN}"
+        yield Finding("matmul-types", text)
+    for name, what, asked_for, there in (
+        ("attention-types", "attention operators", want.attentions, network.attention),
+        ("convolution-types", "convolutions", want.convolutions, network.convolution),
+    ):
+        if there != asked_for:
+            has = f"the network has {_counts(there)}: {_EXPORT_AGAIN}"
+            yield Finding(name, f"{precision} asks for {_counts(asked_for)} {what}, {has}")
 
 
 def _mix(network: NetworkFacts) -> str:
@@ -189,43 +250,65 @@ def _mix_plugins(network: NetworkFacts) -> list[str]:
     return [name for name in network.plugins if "ExpertMix" in name]
 
 
-def _mix_faults(network: NetworkFacts, want: Expected) -> list[str]:
+def _mix_findings(network: NetworkFacts, want: Expected) -> Iterator[Finding]:
     plugins = _mix_plugins(network)
     found = network.functions.get("ExpertMix", 0) + len(plugins)
-    faults = []
     if found != want.expert_mix:
         experts = "merged experts" if want.expert_mix else "a model without merged experts"
         verb = "ask" if want.expert_mix else "asks"
-        faults.append(f"{experts} {verb} for {want.expert_mix} ExpertMix, the network has {found}: {_EXPORT_AGAIN}")
+        text = f"{experts} {verb} for {want.expert_mix} ExpertMix, the network has {found}: {_EXPORT_AGAIN}"
+        yield Finding("expert-mix", text)
     if others := [name for name in network.plugins if name not in plugins]:
-        faults.append(f"layer {others[0]} is a plugin, which the model does not ask for: {_EXPORT_AGAIN}")
-    return faults
+        text = f"layer {others[0]} is a plugin, which the model does not ask for: {_EXPORT_AGAIN}"
+        yield Finding("other-plugin", text)
 
 
-def _precedence_faults(network: NetworkFacts, built_by: tuple[str, str] | None, plugin: bool) -> list[str]:
-    """The exported node names its plugin's namespace, and the model has its function."""
+def _precedence_findings(network: NetworkFacts, built_by: tuple[str, str] | None, plugin: bool) -> Iterator[Finding]:
+    """The exported node names its plugin's namespace, and the model's function is there or was removed by the rules."""
     ran = _mix_taken(network)
     if built_by is None or not ran:
-        return []
+        return
     builder, version = built_by
-    takes = parser_takes(builder, version, registered=plugin)
-    if takes == ran:
-        return []
-    library = "with" if plugin else "without"
-    return [
-        f"{title(builder)} {version} takes the {takes} of ExpertMix {library} a plugin library, the network has the "
-        f"{ran}: build it again in a process that loads no other plugin"
-    ]
+    removed = plugin and must_remove_function(builder, version)
+    takes = parser_takes(builder, version, registered=plugin, function=not removed)
+    if takes != ran:
+        library = "with" if plugin else "without"
+        text = (
+            f"{title(builder)} {version} takes the {takes} of ExpertMix {library} a plugin library, the network has "
+            f"the {ran}: build it again in a process that loads no other plugin"
+        )
+        yield Finding("expert-mix", text)
 
 
-def _attention_faults(fused: int | None, want: Expected) -> list[str]:
-    """TensorRT-RTX never fuses float32 attention: a note, no fault."""
-    if fused is None or want.trunk == "fp32" or fused == want.blocks:
-        return []
-    return [
-        f"{want.blocks} attentions are to be fused, the compiled engine has {fused}, and the others' memory grows with "
-        "the square of the tokens: build with another version (TensorRT-RTX 1.7.1 fuses all)"
-    ]
+def _attention(fused: int | None, memory: Sequence[dict[str, Any]], want: Expected) -> str:
+    """What is known of the fusion: by the layers, where they are listed, else by the memory of all profiles."""
+    if fused is not None:
+        return f"attention fused {fused} of {want.blocks}"
+    told = {row["told"] for row in memory}
+    if "in memory" in told:
+        return "attention not fused by its memory"
+    return "attention fused by its memory" if told == {"fused"} else "attention fusion not told"
+
+
+def _attention_findings(fused: int | None, memory: Sequence[dict[str, Any]], want: Expected) -> Iterator[Finding]:
+    """TensorRT-RTX never fuses float32 attention: a note, no finding."""
+    if want.trunk == "fp32":
+        return
+    if fused is not None and fused != want.blocks:
+        text = (
+            f"{want.blocks} attentions are to be fused, the compiled engine has {fused}, and the others' memory grows "
+            "with the square of the tokens: build with another version (TensorRT-RTX 1.7.1 fuses all)"
+        )
+        yield Finding("attention", text)
+    for row in memory:
+        if row["told"] == "in memory":
+            shape, found, most = "x".join(map(str, row["shape"])), row["found"], row["fused"]
+            text = (
+                f"activation memory at {shape} is {found / 1e6:.0f} MB, where fused attention explains "
+                f"{most / 1e6:.0f} MB and attention in memory {row['in_memory'] / 1e6:.0f} MB: build with another "
+                "version, or for fewer views"
+            )
+            yield Finding("attention", text)
 
 
 def _convolutions(found: dict[str, int], want: Expected) -> str:

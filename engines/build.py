@@ -19,6 +19,7 @@ from typing import Any
 from moe3d_deploy import trt
 from moe3d_deploy.child import Emit, peak_bytes, run_in_child
 from moe3d_deploy.engines.audit import ATTENTION_OPSET
+from moe3d_deploy.engines.plugin_rules import EXPERT_MIX, check_plugin, must_remove_function
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.machine import cpu_name
@@ -43,6 +44,7 @@ def build(
     builder: str = "auto",
     compute_capabilities: Sequence[trt.Capability] | None = None,
     flags: trt.BuildFlags = _DEFAULTS,
+    plugin: trt.PluginLibrary | None = None,
     log_path: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +52,8 @@ def build(
 
     profiles    one or several, all of one patch size
     precision   what the graph was exported with; recorded, never turned into a builder flag
+    plugin      registered in the builder's process, for TensorRT only; where its parser would take the model's function
+                all the same, that leaves the bytes that are parsed
     log_path    file for the builder's messages, line by line as they come; it stays whatever happens
     progress    progress(phase, step, total) in this thread, at least every REPEAT_SECONDS; raise in it to cancel
 
@@ -60,6 +64,8 @@ def build(
     """
     onnx_path, out_path = Path(onnx_path), Path(out_path)
     builder = resolve_builder(builder)
+    version = trt.available()[builder]
+    check_plugin(builder, version, flags, plugin)
     if not onnx_path.is_file():
         raise InputError(f"{onnx_path}: no such file; give an ONNX file")
     wanted = (profiles,) if isinstance(profiles, ShapeProfile) else tuple(profiles)
@@ -71,6 +77,8 @@ def build(
         "builder": builder,
         "compute_capabilities": compute_capabilities and list(compute_capabilities),
         "flags": dataclasses.asdict(flags),
+        "plugin": plugin and {**dataclasses.asdict(plugin), "path": str(plugin.path)},
+        "without_function": list(EXPERT_MIX) if plugin and must_remove_function(builder, version) else None,
         "log_path": None if log_path is None else str(Path(log_path).absolute()),
     }
     last: dict[str, Any] = {"phase": "start", "peak_bytes": 0}
@@ -142,6 +150,7 @@ def check_request(
     *,
     opset: int = 20,
     precision: str = "fp16",
+    plugin: trt.PluginLibrary | None = None,
 ) -> str:
     """`resolve_builder`, and whether that version has all that is asked of it; neither loads a library.
 
@@ -150,6 +159,7 @@ def check_request(
     builder = resolve_builder(builder, opset=opset, precision=precision)
     version = trt.available()[builder]
     trt.check_flags(builder, version, flags, gpu=bool(trt.visible_gpus()))
+    check_plugin(builder, version, flags, plugin)
     if builder == "tensorrt-rtx":
         trt.check_targets(version, compute_capabilities or ())
     return builder
@@ -167,6 +177,7 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing here is worth a slow goodbye
     profiles = [ShapeProfile.from_dict(profile, request["patch_size"]) for profile in request["profiles"]]
     capabilities, flags = request["compute_capabilities"], trt.BuildFlags(**request["flags"])
+    plugin = request["plugin"] and trt.PluginLibrary(**{**request["plugin"], "path": Path(request["plugin"]["path"])})
     with _log_file(request) as log, _Reporter(emit) as reporter:
         engine = trt.build_engine(
             Path(request["onnx_path"]),
@@ -175,6 +186,8 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             builder=request["builder"],
             compute_capabilities=capabilities and [tuple(pair) for pair in capabilities],
             flags=flags,
+            plugin=plugin,
+            without_function=request["without_function"] and tuple(request["without_function"]),
             progress=reporter.progress,
             log=log,
         )
@@ -183,7 +196,7 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "builder_version": engine.builder_version,
         "compute_capabilities": [10 * major + minor for major, minor in engine.compute_capabilities],
         "profiles": [profile.as_dict() for profile in profiles],
-        "plugin": {"layers": list(engine.facts.plugins)} if engine.facts.plugins else None,
+        "plugin": _plugin_record(engine.facts.plugins, plugin),
         "audit": {
             "tf32": flags.tf32,
             "network": dataclasses.asdict(engine.facts),
@@ -199,6 +212,14 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "flags": flags.asked(),
         },
     }
+
+
+def _plugin_record(layers: Sequence[str], plugin: trt.PluginLibrary | None) -> dict[str, Any] | None:
+    """What an engine with plugin layers needs; None for one without, whatever was registered."""
+    if not layers:
+        return None
+    library, digest = (plugin.path.name, plugin.sha256) if plugin else (None, None)
+    return {"layers": list(layers), "library": library, "sha256": digest}
 
 
 @contextlib.contextmanager

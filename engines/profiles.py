@@ -6,13 +6,14 @@ What cannot be built is refused here, before any work, with the nearest that can
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from moe3d_deploy.engines.shapes import AXES, Shape4, ShapeProfile, parse_range
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.manifest import Range, ShapeRanges
+from moe3d_deploy.manifest import PER_VIEW, SPLITS, Range, ShapeRanges
 
 WHOLE_SHAPES = ("min_shapes", "opt_shapes", "max_shapes")
+VIEW_CHUNK = 8  # views that an engine of the heads takes at a time, as VGGT's own run of them does
 MOST_PROFILES = 8  # their shapes are in the engine's file name
 
 _INPUT = "images"
@@ -72,6 +73,49 @@ def read_profiles(
             raise InputError(f"profile {index + 1} is the same as profile {profiles.index(profile) + 1}: leave it out")
         profiles.append(profile)
     return tuple(profiles)
+
+
+def engines_of(
+    split: str | None, profiles: Sequence[ShapeProfile], view_chunk: int | None = None
+) -> dict[str | None, tuple[ShapeProfile, ...]]:
+    """What is built for runs of a model with `profiles`: the profiles of each part by its role, of one file by None.
+
+    view_chunk   views that the heads take at a time, where they are a part; None: VIEW_CHUNK
+
+    Raises InputError for a chunk where the heads are none.
+    """
+    if view_chunk is not None and split != "heads":
+        raise InputError(
+            f"--view-chunk {view_chunk}: the heads are no part of this model (--split heads): leave it out"
+        )
+    if split is None:
+        return {None: tuple(profiles)}
+    return {role: of_part(role, profiles, view_chunk or VIEW_CHUNK) for role in SPLITS[split]}
+
+
+def of_any_views(accepted: ShapeRanges, role: str) -> ShapeRanges:
+    """What a part takes where the model takes `accepted`: one that is per view takes any number of views."""
+    if role not in PER_VIEW:
+        return accepted
+    return replace(accepted, batch=Range(1, None), views=Range(1, None))
+
+
+def of_part(role: str, profiles: Sequence[ShapeProfile], view_chunk: int) -> tuple[ShapeProfile, ...]:
+    """The profiles of a part's engine, for a run of the whole model with `profiles`.
+
+    A part that is per view gets the views of all scenes as those of one, from a single one on: the heads at most
+    `view_chunk` of them, which they are tuned for; the encoder all.
+    """
+    if role not in PER_VIEW:
+        return tuple(profiles)
+    found = []
+    for profile in profiles:
+        typical, most = profile.opt[0] * profile.opt[1], profile.max[0] * profile.max[1]
+        if role == "heads":
+            typical = most = min(view_chunk, most)
+        low, middle, high = profile.min[2:], profile.opt[2:], profile.max[2:]
+        found.append(ShapeProfile((1, 1, *low), (1, typical, *middle), (1, most, *high), profile.patch_size))
+    return tuple(dict.fromkeys(found))
 
 
 def _of_ranges(texts: dict[str, str], accepted: ShapeRanges, patch_size: int, img_size: int) -> ShapeProfile:

@@ -83,6 +83,14 @@ class ShapeProfile:
 
         return images(self.min), images(self.opt), images(self.max)
 
+    def symbol_sizes(self) -> tuple[dict[str, int], ...]:
+        """The sizes of the contract's symbols at the three shapes; tokens lie on `rows` x `columns` patches."""
+        patch = self.patch_size
+        return tuple(
+            {"B": b, "S": s, "H": h, "W": w, "rows": h // patch, "columns": w // patch}
+            for b, s, h, w in (self.min, self.opt, self.max)
+        )
+
 
 def parse_range(axis: str, text: str) -> tuple[int, int, int]:
     """min, opt and max of a range's text. Raises InputError, with the flag, for another form."""

@@ -1,7 +1,8 @@
 """PyTorch model -> ONNX file with views, resolution and batch symbolic. Nothing here checks numbers: see verify.py."""
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import onnx
 import onnx_ir as ir
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe3d_deploy.errors import ExportError, InputError, first_line
-from moe3d_deploy.export.contract import ATTENTION_OPSET, INPUTS, MODEL_FILE, OPSET, output_names, output_shapes
-from moe3d_deploy.export.expert_mix import NAME, SymbolicExpertMix, expert_mix_function
+from moe3d_deploy.export.contract import ATTENTION_OPSET, MODEL_FILE, OPSET, output_names
+from moe3d_deploy.export.expert_mix import DOMAIN, NAME, SymbolicExpertMix, expert_mix_function
+from moe3d_deploy.export.modules import ExportModule, PartModule
+from moe3d_deploy.export.parts import model_inputs, model_outputs, parts_of
 from moe3d_deploy.export.static import StaticShape
+from moe3d_deploy.manifest import Tensor
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.model.moe3d import check_outputs
 from moe3d_deploy.model.transformer import explicit_attention, fused_attention, set_attention
@@ -23,8 +27,12 @@ from moe3d_deploy.model.transformer import explicit_attention, fused_attention, 
 # The example the tracer sees. An axis of 1, or two equal ones, would be taken for constants.
 TRACED_SHAPE_IN_PATCHES = (2, 3, 4, 5)
 
+# Below it the coarsest feature map has a side of 1, which the tracer treats apart, and says so of axes that it is given
+# as such (tokens), though not of multiples (images). Verification runs smaller sizes, from one patch on.
+FEWEST_PATCHES = 3
+
 # (B, S, rows, columns) at which every assumption of the tracer must hold. Many and few views, sides in every order, at
-# least 3 patches each: below them the coarsest feature map has a side of 1, which the tracer treats apart.
+# least FEWEST_PATCHES each.
 PROBED_SHAPES_IN_PATCHES = (
     (2, 2, 3, 3),
     (3, 5, 5, 4),
@@ -38,22 +46,6 @@ PROBED_SHAPES_IN_PATCHES = (
 )
 
 Progress = Callable[[str], None]
-
-
-class ExportModule(nn.Module):
-    """The model with the ONNX contract's signature: images in, a tuple of the named outputs out."""
-
-    def __init__(self, model: MoE3D, names: Sequence[str], input_type: str = "float32") -> None:
-        super().__init__()
-        self.model = model
-        self.names = tuple(names)
-        self.input_type = input_type
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if self.input_type == "uint8":
-            images = images.to(torch.float32).permute(0, 1, 4, 2, 3) / 255  # TensorRT does nothing to uint8 but cast it
-        result = self.model(images, outputs=[name for name in self.names if name != "pose_enc"])
-        return tuple(result[name] for name in self.names)
 
 
 def prepare(
@@ -81,39 +73,60 @@ def prepare(
     return ExportModule(model, output_names(outputs), input_type)
 
 
-def trace(module: nn.Module, patch_size: int, input_type: str = "float32") -> torch.export.ExportedProgram:
+def trace(module: nn.Module, patch_size: int, inputs: Sequence[Tensor] | None = None) -> torch.export.ExportedProgram:
     """torch.export with named dimensions: the gate that refuses a model which depends on one concrete shape.
+
+    inputs   what the module takes, every axis free; None: float images
 
     What it cannot see is a size of 1 treated apart (`if S == 1`): see verify.py.
     """
+    inputs = inputs or model_inputs("float32", StaticShape())
     batch, views, rows, columns = TRACED_SHAPE_IN_PATCHES
-    sizes = {"B": batch, "S": views, "H": rows * patch_size, "W": columns * patch_size}
-    axes = INPUTS[input_type][0]
-    example = torch.zeros([sizes.get(axis, axis) for axis in axes], dtype=getattr(torch, input_type))  # type: ignore
+    sizes = {
+        "B": batch,
+        "S": views,
+        "H": rows * patch_size,
+        "W": columns * patch_size,
+        "rows": rows,
+        "columns": columns,
+    }
     dim = torch.export.Dim
-    dims = {"B": dim("B"), "S": dim("S"), "H": patch_size * dim("grid_h"), "W": patch_size * dim("grid_w")}
-    shapes = {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
+    least = {} if any(tensor.name == "images" for tensor in inputs) else {"min": FEWEST_PATCHES}
+    dims = {"B": dim("B"), "S": dim("S"), "rows": dim("grid_h", **least), "columns": dim("grid_w", **least)}
+    dims |= {"H": patch_size * dims["rows"], "W": patch_size * dims["columns"]}
+    example, shapes = [], []
+    for tensor in inputs:
+        axes = {index: axis for index, axis in enumerate(tensor.shape) if isinstance(axis, str)}
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+        example.append(torch.zeros(shape, dtype=getattr(torch, tensor.dtype)))
+        shapes.append({index: dims[axis] for index, axis in axes.items()})
+    # A part takes its tensors as *tensors.
+    dynamic = (tuple(shapes),) if isinstance(module, PartModule) else tuple(shapes)
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=(shapes,), strict=False)
+        program = torch.export.export(module, tuple(example), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise ExportError(
             f"the model depends on a concrete shape, so one file cannot serve all: {first_line(error)}"
         ) from error
-    _require_general(program, patch_size, axes)
+    _require_general(program, patch_size, inputs)
     return program
 
 
-def _require_general(program: torch.export.ExportedProgram, patch_size: int, axes: Sequence[str | int]) -> None:
+def _require_general(program: torch.export.ExportedProgram, patch_size: int, inputs: Sequence[Tensor]) -> None:
     """Raise ExportError for an assumption that the tracer recorded and that does not hold at every size.
 
     torch.export refuses `S <= 8` itself. Of a dimension written as 14 * n it drops what it cannot solve for n, such as
     `int(2.5 * H) == 140` or `H <= W`, and keeps the example's number (torch 2.13).
     """
-    name = program.graph_signature.user_inputs[0]
-    images = next(node.meta["val"] for node in program.graph.nodes if node.name == name)
-    recorded = images.fake_mode.shape_env
-    sizes = dict(zip(axes, images.shape, strict=True))
-    symbols = [next(iter(sizes[axis].node.expr.free_symbols)) for axis in ("B", "S", "H", "W")]
+    nodes = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    given = [nodes[name] for name in program.graph_signature.user_inputs]
+    recorded = given[0].fake_mode.shape_env
+    sizes = {
+        axis: size for tensor, value in zip(inputs, given, strict=True)
+        for axis, size in zip(tensor.shape, value.shape, strict=True) if isinstance(axis, str)
+    }  # fmt: skip
+    axes = ("B", "S", "H" if "H" in sizes else "rows", "W" if "W" in sizes else "columns")
+    symbols = [next(iter(sizes[axis].node.expr.free_symbols)) for axis in axes]
     names = dict(zip(symbols, (*sympy.symbols("B S"), *(s / patch_size for s in sympy.symbols("H W"))), strict=True))
     for guard in recorded.guards:
         assumed = guard.expr.xreplace(recorded.replacements)
@@ -135,7 +148,7 @@ def export_onnx(
     opset: int = OPSET,
     input_type: str = "float32",
     static: StaticShape | None = None,
-    metadata: dict[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     progress: Progress = lambda phase: None,
 ) -> Path:
     """Write `model.onnx` and `model.onnx.data` into `folder`; returns the path of the first.
@@ -144,38 +157,94 @@ def export_onnx(
     `static` fixes are traced like the others, so that the gate sees the whole, and bound in the file.
     """
     module = prepare(model, merge=merge, outputs=outputs, opset=opset, input_type=input_type)
+    static = static or StaticShape()
+    inputs, free = model_inputs(input_type, static), model_inputs(input_type, StaticShape())
+    path = folder / MODEL_FILE
+    _export(module, free, inputs, model_outputs(outputs, model.config, static), path, opset, metadata or {}, progress)
+    return path
+
+
+def export_parts(
+    model: MoE3D,
+    folder: Path,
+    split: str,
+    *,
+    merge: bool = True,
+    outputs: Sequence[str] = (),
+    opset: int = OPSET,
+    input_type: str = "float32",
+    static: StaticShape | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress = lambda phase: None,
+) -> tuple[Path, ...]:
+    """As `export_onnx`, in several files: `split` is one of SPLITS. Returns their paths, in the order they run.
+
+    Each has the weights that it uses itself. `progress` gets the phase and the part's role.
+    """
+    prepare(model, merge=merge, outputs=outputs, opset=opset, input_type=input_type)
+    config = model.config
+    traced = parts_of(split, config, outputs, input_type, StaticShape())
+    written = parts_of(split, config, outputs, input_type, static or StaticShape())
+    paths = []
+    for free, part in zip(traced, written, strict=True):
+        path = folder / part.file
+        notes = {
+            **(metadata or {}),
+            "moe3d.part": part.role,
+            "moe3d.tensors": meanings((*part.inputs, *part.outputs)),
+        }
+        _export(
+            PartModule(model, free), free.inputs, part.inputs, part.outputs, path, opset, notes,
+            lambda phase, role=part.role: progress(f"{phase} {role}"),  # type: ignore[misc]
+        )  # fmt: skip
+        paths.append(path)
+    return tuple(paths)
+
+
+def meanings(tensors: Sequence[Tensor]) -> str:
+    """What the tensors of a file mean, as the JSON text in its metadata."""
+    return json.dumps({tensor.name: tensor.meaning for tensor in tensors}, sort_keys=True)
+
+
+def _export(
+    module: ExportModule | PartModule,
+    free: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    path: Path,
+    opset: int,
+    metadata: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    """Trace with the `free` inputs, and write the file with the sizes that `inputs` and `outputs` have."""
     progress("trace")
-    program = trace(module, model.config.patch_size, input_type)
+    program = trace(module, module.model.config.patch_size, free)
     progress("translate")
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
-            input_names=["images"],
-            output_names=list(module.names),
+            input_names=[tensor.name for tensor in inputs],
+            output_names=[tensor.name for tensor in outputs],
             verbose=False,
         )
     if onnx_program is None:
         raise ExportError("torch.onnx.export gave no program")
     graph_model = onnx_program.model
     progress("write")
-    mix = model.depth_head.merged
-    if isinstance(mix, SymbolicExpertMix):
+    mix = module.model.depth_head.merged
+    if isinstance(mix, SymbolicExpertMix) and any(node.domain == DOMAIN for node in graph_model.graph):
         function = ir.serde.deserialize_function(expert_mix_function(mix.shape, opset))
         graph_model.functions[function.identifier()] = function
     _clean(graph_model)
-    static = static or StaticShape()
-    (images,) = graph_model.graph.inputs
-    images.shape = ir.Shape(static.bind(INPUTS[input_type][0]))
-    for value, shape in zip(graph_model.graph.outputs, output_shapes(module.names, model.config), strict=True):
-        value.shape = ir.Shape(static.bind(shape))
-    graph_model.metadata_props.update(metadata or {})
-    path = folder / MODEL_FILE
-    ir.save(graph_model, path, external_data=f"{MODEL_FILE}.data")
+    for values, tensors in ((graph_model.graph.inputs, inputs), (graph_model.graph.outputs, outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            value.shape = ir.Shape(tensor.shape)
+    graph_model.metadata_props.update(metadata)
+    ir.save(graph_model, path, external_data=f"{path.name}.data")
     progress("check")
     _check(path)
-    return path
 
 
 def _clean(graph_model: ir.Model) -> None:

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,23 @@ from moe3d_deploy.export.contract import (
     OUTPUTS,
     layout,
     output_names,
-    output_shapes,
 )
+from moe3d_deploy.export.parts import model_inputs, model_outputs, part_file, parts_of
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.quality import QualityPlan
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
-from moe3d_deploy.manifest import Checkpoint, Manifest, Preprocessing, ShapeRanges, Tensor, Verification
+from moe3d_deploy.manifest import (
+    FORMAT_VERSION,
+    SINGLE_FILE_VERSION,
+    SPLITS,
+    Checkpoint,
+    Manifest,
+    Preprocessing,
+    ShapeRanges,
+    Verification,
+)
 
 OnEvent = Callable[[dict[str, Any]], None]
 """Receives {"stage", "step", "total", "detail"}: stages are export, reference, execute (or twin), round, bundle;
@@ -54,6 +63,7 @@ class ExportOptions:
     static   the axes that the file fixes
     shapes   what is verified, as far as `static` lets it
     quality  on how many rendered scenes the file's quality is compared with PyTorch's; None: it is not
+    split    a key of SPLITS: two files in place of one
     """
 
     policy: PrecisionPolicy = PrecisionPolicy("fp16")
@@ -65,6 +75,7 @@ class ExportOptions:
     input: str = "float32"
     static: StaticShape = StaticShape()
     quality: int | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.outputs if name not in OUTPUTS]:
@@ -73,6 +84,8 @@ class ExportOptions:
             raise InputError(f"opset {self.opset} cannot be exported; choose from {', '.join(map(str, OPSETS))}")
         if self.input not in INPUTS:
             raise InputError(f"input {self.input!r} cannot be exported; choose from {', '.join(INPUTS)}")
+        if self.split is not None and self.split not in SPLITS:
+            raise InputError(f"split {self.split!r} is unknown; choose from {', '.join(SPLITS)}")
         if self.quality is not None and not self.verify:
             raise InputError("a check of quality is a part of the verification: it cannot be had without that")
         if self.quality is not None and self.quality < 1:
@@ -122,18 +135,20 @@ def export_bundle(
             "opset": options.opset,
             "input": options.input,
             "static": asdict(options.static),
+            "split": options.split,
             "folder": str(writer.folder),
         }
-        facts = run("export", f"{__name__}:export_stage", request, len(EXPORT_PHASES)).value
+        facts = run("export", f"{__name__}:export_stage", request, len(export_phases(options.split))).value
         config = ModelConfig.from_dict(facts["config"])
+        model = _model_request(writer.folder, options.split)
         verification = Verification("skipped", limits=Limits.of(options.policy.precision).errors)
         if options.verify:
             with tempfile.TemporaryDirectory(prefix=".verify-", dir=writer.folder) as folder:
-                verification = _verify(request, options, config, Path(folder), writer.folder / MODEL_FILE, run)
+                verification = _verify(request, options, config, Path(folder), model, run)
         if options.quality is not None:
             with tempfile.TemporaryDirectory(prefix=".verify-", dir=writer.folder) as folder:
                 plan = QualityPlan.of(config, options.static, options.quality)
-                report = _quality(request, options, plan, facts, Path(folder), writer.folder / MODEL_FILE, run)
+                report = _quality(request, options, plan, facts, Path(folder), model, run)
             verification = replace(verification, quality=report)
         tell({"stage": "bundle", "step": 0, "total": 1, "detail": ""})
         bundle = writer.commit(_manifest(facts, config, options, verification))
@@ -148,12 +163,19 @@ def require_packages(verify: bool, quality: bool = False) -> None:
         require(package)
 
 
+def _model_request(folder: Path, split: str | None) -> str | dict[str, str]:
+    """What a stage runs: the file, or of a split model the files of its parts by their roles."""
+    if split is None:
+        return str(folder / MODEL_FILE)
+    return {role: str(folder / part_file(role)) for role in SPLITS[split]}
+
+
 def _verify(
     request: dict[str, Any],
     options: ExportOptions,
     config: ModelConfig,
     folder: Path,
-    model: Path,
+    model: str | dict[str, str],
     run: Callable[[str, str, dict[str, Any], int], ChildResult],
 ) -> Verification:
     precision = options.policy.precision
@@ -162,7 +184,7 @@ def _verify(
     request = {
         **request,
         "folder": str(folder),
-        "model": str(model),
+        "model": model,
         "names": names,
         "outputs": [name for name in names if name in OPTIONAL_OUTPUTS],
         "shapes": [list(shape) for shape in shapes],
@@ -188,14 +210,15 @@ def _quality(
     plan: QualityPlan,
     facts: dict[str, Any],
     folder: Path,
-    model: Path,
+    model: str | dict[str, str],
     run: Callable[[str, str, dict[str, Any], int], ChildResult],
 ) -> dict[str, Any]:
     """The manifest's report on the file's quality. Raises ExportError beyond a limit."""
     request = {
         **request,
         "folder": str(folder),
-        "model": str(model),
+        "model": model,
+        "names": list(output_names(options.outputs)),
         "outputs": list(quality.EXPERTS) if facts["config"]["moe"] else [],
         "plan": asdict(plan),
     }
@@ -206,18 +229,27 @@ def _quality(
     return quality.quality_report(plan, comparisons, precision)
 
 
-EXPORT_PHASES = ("load", "trace", "translate", "write", "check")
+_PHASES_OF_A_FILE = ("trace", "translate", "write", "check")
+
+
+def export_phases(split: str | None) -> tuple[str, ...]:
+    """The steps of the stage export."""
+    if split is None:
+        return ("load", *_PHASES_OF_A_FILE)
+    return ("load", *(f"{phase} {role}" for role in SPLITS[split] for phase in _PHASES_OF_A_FILE))
 
 
 def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Child stage: load the weights in their final dtype and write the ONNX file; returns facts for the manifest."""
+    """Child stage: load the weights in their final dtype and write the ONNX files; returns facts for the manifest."""
     import torch
 
-    from moe3d_deploy.export.graph import export_onnx
+    from moe3d_deploy.export import graph
     from moe3d_deploy.model.moe3d import check_outputs
 
+    phases = export_phases(request["split"])
+
     def phase(name: str) -> None:
-        emit({"step": EXPORT_PHASES.index(name), "detail": name})
+        emit({"step": phases.index(name), "detail": name})
 
     phase("load")
     source = SourceSpec(**request["source"])
@@ -238,29 +270,27 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "moe3d.precision": policy.precision,
         "moe3d.model_config": json.dumps(facts["config"], sort_keys=True),
         "moe3d.checkpoint": json.dumps(facts["checkpoint"], sort_keys=True),
-        "moe3d.tensors": json.dumps(
-            {
-                t.name: t.meaning
-                for t in (*_inputs(request["input"], static), *_outputs(request["outputs"], model.config, static))
-            },
-            sort_keys=True,
+        "moe3d.tensors": graph.meanings(
+            (*model_inputs(request["input"], static), *model_outputs(request["outputs"], model.config, static))
         ),
         "moe3d.preprocessing": json.dumps(
             asdict(_preprocessing(model.config, request["input"], static)), sort_keys=True
         ),
         "moe3d.shape_ranges": json.dumps(asdict(static.ranges(ShapeRanges.of(model.config))), sort_keys=True),
     }
-    export_onnx(
-        model,
-        Path(request["folder"]),
-        merge=request["merge"],
-        outputs=request["outputs"],
-        opset=request["opset"],
-        input_type=request["input"],
-        static=static,
-        metadata=metadata,
-        progress=phase,
-    )
+    options = {
+        "merge": request["merge"],
+        "outputs": request["outputs"],
+        "opset": request["opset"],
+        "input_type": request["input"],
+        "static": static,
+        "metadata": metadata,
+        "progress": phase,
+    }
+    if request["split"]:
+        graph.export_parts(model, Path(request["folder"]), request["split"], **options)
+    else:
+        graph.export_onnx(model, Path(request["folder"]), **options)
     return facts
 
 
@@ -271,34 +301,25 @@ def _manifest(
     for name in ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    parts = parts_of(options.split, config, options.outputs, options.input, options.static)
     return Manifest(
         name=facts["name"],
         created_by=versions,
         model_config=facts["config"],
         checkpoint=Checkpoint(**facts["checkpoint"]),
         preprocessing=_preprocessing(config, options.input, options.static),
-        inputs=_inputs(options.input, options.static),
-        outputs=_outputs(options.outputs, config, options.static),
+        inputs=model_inputs(options.input, options.static),
+        outputs=model_outputs(options.outputs, config, options.static),
         precision=options.policy.precision,
         opset=options.opset,
         shape_ranges=options.static.ranges(ShapeRanges.of(config)),
         merged_experts=options.merge and config.moe is not None,
         verification=verification,
+        parts=parts,
+        model_file=parts[0].file if parts else MODEL_FILE,
+        format_version=FORMAT_VERSION if parts else SINGLE_FILE_VERSION,
     )
 
 
 def _preprocessing(config: ModelConfig, input_type: str, static: StaticShape) -> Preprocessing:
     return static.preprocessing(replace(Preprocessing.of(config), layout=layout(input_type)))
-
-
-def _inputs(input_type: str, static: StaticShape) -> tuple[Tensor, ...]:
-    shape, meaning = INPUTS[input_type]
-    return (Tensor("images", input_type, static.bind(shape), meaning),)
-
-
-def _outputs(requested: Sequence[str], config: ModelConfig, static: StaticShape) -> tuple[Tensor, ...]:
-    names = output_names(requested)
-    shapes = output_shapes(names, config)
-    return tuple(
-        Tensor(name, "float32", static.bind(shape), OUTPUTS[name][1]) for name, shape in zip(names, shapes, strict=True)
-    )

@@ -24,7 +24,7 @@ from moe3d_deploy.evaluation.evaluate import Evaluation, Predictor, SceneResult,
 from moe3d_deploy.evaluation.scenes import EvaluationScene, native_size, rendered_scene
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.static import StaticShape
-from moe3d_deploy.export.verify import LABELS, MORE_EXACT, deployed_model
+from moe3d_deploy.export.verify import LABELS, MORE_EXACT, deployed_model, open_model, open_twin
 from moe3d_deploy.manifest import ShapeRanges
 from moe3d_deploy.runtime.pixels import to_pixels
 
@@ -108,15 +108,12 @@ def rounded(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 def executed(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the written file in ONNX Runtime, on every scene."""
-    return _judge(request, emit, _file_predictor(request, Path(request["model"])), "executed")
+    return _judge(request, emit, _file_predictor(request, open_model(request)), "executed")
 
 
 def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the float32 twin of a bf16 file, which shows what its rounded weights alone do, on every scene."""
-    from moe3d_deploy.export.twin import float32_twin
-
-    path = float32_twin(Path(request["model"]), Path(request["folder"]))
-    return _judge(request, emit, _file_predictor(request, path), "twin")
+    return _judge(request, emit, _file_predictor(request, open_twin(request)), "twin")
 
 
 def limits_of(precision: str) -> dict[str, float]:
@@ -233,10 +230,7 @@ def _judge(request: dict[str, Any], emit: Emit, predict: Predictor, kind: str) -
     return {"results": results}
 
 
-def _file_predictor(request: dict[str, Any], model: Path) -> Predictor:
-    from moe3d_deploy.runtime.onnx_backend import OnnxBackend
-
-    backend = OnnxBackend(model)
+def _file_predictor(request: dict[str, Any], backend: Any) -> Predictor:
     batch = request["plan"]["batch"]
 
     def predict(images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -48,9 +48,10 @@ class StaticShape:
                     f"--static: {axis} {size} is not a multiple of the patch size {patch_size}; nearest is {nearest}"
                 )
 
-    def bind(self, shape: Sequence[str | int]) -> tuple[str | int, ...]:
-        """A shape of the contract with the fixed sizes in place of their symbols."""
+    def bind(self, shape: Sequence[str | int], patch_size: int = 1) -> tuple[str | int, ...]:
+        """A shape of the contract with the fixed sizes in place of their symbols; `rows` and `columns` are patches."""
         sizes = dict(zip(_SYMBOLS, dataclasses.astuple(self), strict=True))
+        sizes |= {"rows": self.height and self.height // patch_size, "columns": self.width and self.width // patch_size}
         return tuple(sizes[dim] or dim if isinstance(dim, str) else dim for dim in shape)
 
     def ranges(self, free: ShapeRanges) -> ShapeRanges:

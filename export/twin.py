@@ -35,8 +35,8 @@ def float32_twin(model: Path, folder: Path) -> Path:
         if value.const_value is not None and value.const_value.dtype in _SIXTEEN_BIT:
             value.const_value = _widened(value.const_value)
             value.type = _FLOAT
-    path = folder / "twin.onnx"
-    ir.save(twin, path, external_data="twin.onnx.data")
+    path = folder / f"twin.{model.name}"
+    ir.save(twin, path, external_data=f"{path.name}.data")
     return path
 
 

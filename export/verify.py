@@ -104,17 +104,37 @@ def deployed_model(request: dict[str, Any]) -> Any:
 
 
 def executed(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Child stage: the written file in ONNX Runtime on the CPU, on every shape."""
-    _execute(request, emit, Path(request["model"]), "executed")
+    """Child stage: the written file, or the parts together, in ONNX Runtime on the CPU, on every shape."""
+    _execute(request, emit, open_model(request), "executed")
     return {}
 
 
 def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the float32 twin of a file that ONNX Runtime has no kernels for, on every shape."""
+    _execute(request, emit, open_twin(request), "twin")
+    return {}
+
+
+def open_model(request: dict[str, Any]) -> Any:
+    """The backend of `model` in a request: a file, or the files of a split model's parts by their roles."""
+    from moe3d_deploy.runtime.onnx_backend import OnnxBackend
+    from moe3d_deploy.runtime.split_backend import SplitBackend
+
+    model = request["model"]
+    if isinstance(model, str):
+        return OnnxBackend(Path(model))
+    return SplitBackend({role: Path(file) for role, file in model.items()}, request["names"])
+
+
+def open_twin(request: dict[str, Any]) -> Any:
+    """As `open_model`, of the float32 twins, which are written into the request's `folder`."""
     from moe3d_deploy.export.twin import float32_twin
 
-    _execute(request, emit, float32_twin(Path(request["model"]), Path(request["folder"])), "twin")
-    return {}
+    model, folder = request["model"], Path(request["folder"])
+    if isinstance(model, str):
+        return open_model({**request, "model": str(float32_twin(Path(model), folder))})
+    twins = {role: str(float32_twin(Path(file), folder)) for role, file in model.items()}
+    return open_model({**request, "model": twins})
 
 
 def check(
@@ -176,10 +196,7 @@ def _run(request: dict[str, Any], emit: Emit, model: Callable[..., Any], kind: s
         _save(request, kind, index, {name: result[name].numpy() for name in request["names"]})
 
 
-def _execute(request: dict[str, Any], emit: Emit, model: Path, kind: str) -> None:
-    from moe3d_deploy.runtime.onnx_backend import OnnxBackend
-
-    backend = OnnxBackend(model)
+def _execute(request: dict[str, Any], emit: Emit, backend: Any, kind: str) -> None:
     for index, shape in enumerate(request["shapes"]):
         emit({"step": index})
         _save(request, kind, index, backend.run(_input(request, shape)))

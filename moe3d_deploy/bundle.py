@@ -17,12 +17,13 @@ from moe3d_deploy.bundle_staging import clean_up, leftovers, sibling, writer_loc
 from moe3d_deploy.disk_errors import remedy
 from moe3d_deploy.errors import BundleError, InputError, Moe3dError
 from moe3d_deploy.files import atomic_path, atomic_write, remove_partials, sync
-from moe3d_deploy.manifest import MANIFEST_NAME, EngineRecord, Manifest, Profile, check_name
+from moe3d_deploy.manifest import MANIFEST_NAME, SPLITS, EngineRecord, Manifest, Profile, check_name
 
 Verify = Literal["full", "sizes"]
 
 _BUILDER_TAGS = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}
 _LONGEST_NAME = 225  # of 255, with what a temporary name adds
+_FIRST_FILES = ("model.onnx", *(f"model.{roles[0]}.onnx" for roles in SPLITS.values()))
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Bundle:
         return bundle
 
     def check(self, *, verify: Verify = "full", engines: bool = True) -> None:
-        """Check the files that the manifest names and where the ONNX file has its weights.
+        """Check the files that the manifest names and where the ONNX files have their weights.
 
         verify    "sizes" leaves out the digests
         engines   False leaves out the engines, for a reader that runs the ONNX file: they may be damaged or missing
@@ -74,8 +75,13 @@ class Bundle:
 
     @property
     def model_path(self) -> Path:
-        """The ONNX file."""
+        """The ONNX file; of a split model that of its first part."""
         return self.path / self.manifest.model_file
+
+    @property
+    def part_paths(self) -> dict[str, Path]:
+        """The ONNX files of a split model by the roles of its parts, in the order they run; empty for one file."""
+        return {part.role: self.path / part.file for part in self.manifest.parts}
 
     def engine_path(self, record: EngineRecord) -> Path:
         """The file of one of this bundle's engines. Raises InputError for a record that is not its own."""
@@ -185,7 +191,8 @@ def is_bundle(path: Path | str) -> bool:
     if os.path.lexists(path / MANIFEST_NAME):
         return True
     if os.path.isdir(path):
-        return os.path.isfile(path / "model.onnx") and not os.path.isfile(path / "model.safetensors")
+        is_export = any(os.path.isfile(path / name) for name in _FIRST_FILES)
+        return is_export and not os.path.isfile(path / "model.safetensors")
     return not os.path.lexists(path) and bool(leftovers(Path(os.path.realpath(path)), "old"))
 
 
@@ -250,12 +257,13 @@ def engine_name(
     builder: str,
     version: str,
     more_profiles: Sequence[Profile] = (),
+    part: str | None = None,
 ) -> str:
     """The file name of an engine, such as `moe3d-1b_1-4-8x392x518_fp16_sm89_rtx1.6.1.plan`.
 
-    Views, height and width as min-opt-max, or one number where the three are equal; scenes first when there can be
-    more than one; several profiles joined by `+`. Characters of `model` that no file name of a bundle has become `-`.
-    Raises InputError.
+    The model of a part's engine is followed by `.` and its role: `moe3d-1b.heads_...`. Views, height and width as
+    min-opt-max, or one number where the three are equal; scenes first when there can be more than one; several profiles
+    joined by `+`. Characters of `model` that no file name of a bundle has become `-`. Raises InputError.
     """
     if builder not in _BUILDER_TAGS:
         raise InputError(f"builder {builder!r} is unknown; use one of {', '.join(_BUILDER_TAGS)}")
@@ -263,7 +271,7 @@ def engine_name(
         raise InputError("an engine needs at least one compute capability in its name, such as 89")
     shapes = "+".join(map(_shapes_in_a_name, (profile, *more_profiles)))
     capabilities = "-".join(map(str, sorted(set(compute_capabilities))))
-    model = re.sub(r"[^A-Za-z0-9_.+-]+", "-", model)
+    model = re.sub(r"[^A-Za-z0-9_.+-]+", "-", model) + (f".{part}" if part else "")
     name = f"{model}_{shapes}_{precision}_sm{capabilities}_{_BUILDER_TAGS[builder]}{version}.plan"
     try:
         check_name(f"engines/{name}", "engine name")

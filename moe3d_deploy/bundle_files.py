@@ -74,13 +74,14 @@ def check_file(folder: Path, name: str, entry: FileEntry, digest: bool) -> None:
 
 
 def check_model(folder: Path, manifest: Manifest) -> None:
-    """Raise BundleError if the ONNX file has weights in a file that the manifest does not name."""
-    for location in external_locations(folder / manifest.model_file):
-        if location not in manifest.files:
-            raise BundleError(
-                f"{folder / manifest.model_file} has weights in {ascii(location)[:80]}, which is not among the "
-                "manifest's files; copy the bundle again or export it again"
-            )
+    """Raise BundleError if an ONNX file has weights in a file that the manifest does not name."""
+    for name in manifest.model_files:
+        for location in external_locations(folder / name):
+            if location not in manifest.files:
+                raise BundleError(
+                    f"{folder / name} has weights in {ascii(location)[:80]}, which is not among the manifest's files; "
+                    "copy the bundle again or export it again"
+                )
 
 
 def entry_of(file: Path) -> FileEntry:

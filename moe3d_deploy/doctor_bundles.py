@@ -11,7 +11,7 @@ from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.distributions import reinstall
 from moe3d_deploy.errors import EXTRA_OF, BundleError
 from moe3d_deploy.manifest import EngineRecord, Manifest
-from moe3d_deploy.trt import Capability, load_faults, rebuild_command, title
+from moe3d_deploy.trt import Capability, load_faults, plugin_digest, rebuild_command, title
 
 Reasons = list[tuple[str, str]]  # why not, and what to do
 
@@ -39,7 +39,8 @@ def examine_bundle(path: str, libraries: dict[str, Any], cuda: dict[str, Any], a
     for engine in manifest.engines:
         reasons = _engine_reasons(engine, path, faults.get(engine.file), libraries, cuda)
         memory = {f"the GPU {gpu['name']}": gpu["memory_bytes"] for gpu in cuda["gpus"]}
-        cautions = [] if reasons else _memory_cautions(path, manifest.files[engine.file].size, memory)
+        size = manifest.files[engine.file].size
+        cautions = [] if reasons else [*_memory_cautions(path, size, memory), *_plugin_cautions(engine)]
         engines.append(_engine_facts(engine) | _verdict(engine.file, reasons, cautions))
     problems = [_problem(path, model, reason, "warning") for reason in model["reasons"]]
     for part in engines:
@@ -78,6 +79,7 @@ def _engine_facts(engine: EngineRecord) -> dict[str, Any]:
         "builder": engine.builder,
         "builder_version": engine.builder_version,
         "compute_capabilities": capabilities,
+        "plugin_sha256": plugin_digest(engine),
     }
 
 
@@ -111,6 +113,14 @@ def _memory_cautions(path: str, needed: int, available: dict[str, int]) -> Reaso
     return [(text, f"free some memory, or see what fits: moe3d plan {path}")]
 
 
+def _plugin_cautions(engine: EngineRecord) -> Reasons:
+    """A library that is nowhere near the bundle, and that only the one who loads the engine can name."""
+    digest = plugin_digest(engine)
+    if digest is None:
+        return []
+    return [(f"it needs the plugin library of SHA-256 {digest}", "give that library where the engine is loaded")]
+
+
 def _engine_reasons(
     engine: EngineRecord, path: str, fault: str | None, libraries: dict[str, Any], cuda: dict[str, Any]
 ) -> Reasons:
@@ -126,7 +136,8 @@ def _engine_reasons(
         reasons.append((f"{missing} is not installed", f"pip install 'moe3d-deploy[{extra}]'"))
     elif library["fault"]:
         reasons.append((f"{name} {library['fault']}", reinstall(module)))
-    reasons += [(what, rebuild) for what in load_faults(engine, version=library["version"], gpus=gpus)]
+    faults = load_faults(engine, version=library["version"], gpus=gpus, plugin=plugin_digest(engine))
+    reasons += [(what, rebuild) for what in faults]
     return [*reasons, *_gpu_reasons(cuda)]
 
 

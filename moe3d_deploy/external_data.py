@@ -26,9 +26,11 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 _KEY, _VALUE = 1, 2  # fields of an Entry
 
+Content = bytes | mmap.mmap
 
-class _Malformed(Exception):
-    pass
+
+class Malformed(Exception):
+    """Bytes that are no protobuf, or have an encoding that readers might take differently."""
 
 
 def external_locations(path: Path) -> set[str]:
@@ -42,7 +44,7 @@ def external_locations(path: Path) -> set[str]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return {location.decode("utf-8", "backslashreplace") for location in _locations(data)}
-    except _Malformed as error:
+    except Malformed as error:
         raise BundleError(f"{path} is not an ONNX file: {error}; copy the bundle again or export it again") from None
 
 
@@ -51,23 +53,26 @@ def _locations(data: mmap.mmap) -> Iterator[bytes]:
     while todo:
         message, start, end, depth = todo.pop()
         if depth > _MAX_DEPTH:
-            raise _Malformed(f"messages are nested more than {_MAX_DEPTH} deep")
+            raise Malformed(f"messages are nested more than {_MAX_DEPTH} deep")
         if message == "Entry":
-            fields = list(_byte_fields(data, start, end))
+            fields = list(byte_fields(data, start, end))
             if any(number == _KEY and data[a:b] == b"location" for number, a, b in fields):
                 yield from (data[a:b] for number, a, b in fields if number == _VALUE)
             continue
         inner = _FIELDS[message]
-        todo += [(inner[n], a, b, depth + 1) for n, a, b in _byte_fields(data, start, end) if n in inner]
+        todo += [(inner[n], a, b, depth + 1) for n, a, b in byte_fields(data, start, end) if n in inner]
 
 
-def _byte_fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The fields of a message that hold bytes, so also messages: number, start and end of the content."""
+def byte_fields(data: Content, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The fields of a message that hold bytes, so also messages: number, start and end of the content.
+
+    Raises Malformed.
+    """
     while position < end:
         tag, position = _varint(data, position, end)
         number, kind = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
-            raise _Malformed(f"field number {number}")
+            raise Malformed(f"field number {number}")
         if kind == _VARINT:
             _, position = _varint(data, position, end)
             continue
@@ -75,21 +80,21 @@ def _byte_fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int
         if kind == _BYTES:
             size, position = _varint(data, position, end)
         if size is None:
-            raise _Malformed(f"wire type {kind}")
+            raise Malformed(f"wire type {kind}")
         if size > end - position:
-            raise _Malformed("it ends too early")
+            raise Malformed("it ends too early")
         if kind == _BYTES:
             yield number, position, position + size
         position += size
 
 
-def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+def _varint(data: Content, position: int, end: int) -> tuple[int, int]:
     value = 0
     for index in range(_MAX_VARINT_BYTES):
         if position + index >= end:
-            raise _Malformed("it ends too early")
+            raise Malformed("it ends too early")
         byte = data[position + index]
         value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
             return value, position + index + 1
-    raise _Malformed("a number is too long")
+    raise Malformed("a number is too long")

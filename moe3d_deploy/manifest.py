@@ -6,27 +6,32 @@ It knows the fields and their rules (docs/bundle.md) and opens no file; `bundle`
 import dataclasses
 import json
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from moe3d_deploy import strict_json
 from moe3d_deploy.config import IMAGE_MEAN, IMAGE_STD, ModelConfig
 from moe3d_deploy.errors import BundleError, InputError
+from moe3d_deploy.strict_fields import MAY_BE_ABSENT as _MAY_BE_ABSENT
+from moe3d_deploy.strict_fields import read as _read
+from moe3d_deploy.strict_fields import require as _require
 from moe3d_deploy.strict_json import MAX_DEPTH, show
 
-FORMAT_VERSION = 1
+SINGLE_FILE_VERSION = 1  # what a bundle of one ONNX file has: readers of old take it
+FORMAT_VERSION = 2  # the newest, of a model that is split over several files
+FORMAT_VERSIONS = (SINGLE_FILE_VERSION, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 BUILDERS = ("tensorrt", "tensorrt-rtx")
 
-_T = TypeVar("_T")
+SPLITS = {"heads": ("aggregator", "heads"), "encoder": ("encoder", "decoder")}
+"""How a model is split: the roles of its parts, in the order they run."""
+PER_VIEW = ("encoder", "heads")
+"""The roles whose graphs look at each view by itself: any views may be run together, and in any number."""
+
 _NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ABSOLUTE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|file:")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_MAY_BE_ABSENT = {"may_be_absent": True}  # of a field: its key is left out where it has nothing to say
 
 
 def check_name(name: str, what: str) -> None:
@@ -162,6 +167,7 @@ class EngineRecord:
     plugin: dict[str, Any] | None = None
     audit: dict[str, Any] = field(default_factory=dict)
     build: dict[str, Any] = field(default_factory=dict)
+    part: str | None = field(default=None, metadata=_MAY_BE_ABSENT)  # role of the part it runs; None: the whole model
 
     def __post_init__(self) -> None:
         check_name(self.file, "file")
@@ -170,6 +176,27 @@ class EngineRecord:
         _require(bool(self.compute_capabilities), "compute_capabilities", "must not be empty")
         _require(min(self.compute_capabilities) > 0, "compute_capabilities", "must be positive")
         _require(bool(self.profiles), "profiles", "must not be empty")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ONNX file of a split model. A tensor that one part gives and a later one takes has one name in both."""
+
+    role: str
+    file: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        roles = [role for split in SPLITS.values() for role in split]
+        _require(self.role in roles, "role", f"must be one of {', '.join(roles)}, not {show(self.role)}")
+        for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
+            _check_tensors(kind, tensors)
+
+    @property
+    def per_view(self) -> bool:
+        """Whether it looks at each view by itself."""
+        return self.role in PER_VIEW
 
 
 @dataclass(frozen=True)
@@ -208,7 +235,28 @@ class Manifest:
     engines: tuple[EngineRecord, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
     model_file: str = "model.onnx"
-    format_version: int = FORMAT_VERSION
+    format_version: int = SINGLE_FILE_VERSION
+    parts: tuple[Part, ...] = field(default=(), metadata=_MAY_BE_ABSENT)
+
+    @property
+    def split(self) -> str | None:
+        """How the model is split, a key of SPLITS; None for one file."""
+        roles = tuple(part.role for part in self.parts)
+        return next((name for name, split in SPLITS.items() if split == roles), None)
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """The ONNX files, in the order they run."""
+        return tuple(part.file for part in self.parts) or (self.model_file,)
+
+    def part(self, role: str) -> Part:
+        """The part of a role. Raises InputError for one that this bundle does not have."""
+        found = next((part for part in self.parts if part.role == role), None)
+        if found is None:
+            roles = ", ".join(part.role for part in self.parts)
+            has = f"its parts are {roles}" if roles else "its model is one file"
+            raise InputError(f"bundle of {self.name} has no part {role!r}: {has}")
+        return found
 
     @property
     def only_in_tensorrt(self) -> bool:
@@ -228,11 +276,13 @@ class Manifest:
         except strict_json.JsonError as error:
             raise BundleError(f"{source} {error}; copy the bundle again or export it again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
-        if type(version) is int and version != FORMAT_VERSION:
+        if type(version) is int and version not in FORMAT_VERSIONS:
             age = "update moe3d-deploy" if version > FORMAT_VERSION else "export the bundle again"
-            raise BundleError(f"{source} has format_version {version}; this version reads {FORMAT_VERSION}: {age}")
+            read = " and ".join(map(str, FORMAT_VERSIONS))
+            raise BundleError(f"{source} has format_version {version}; this version reads {read}: {age}")
         try:
             manifest = _read(cls, values, "")
+            _check_keys_of_version(values)
             manifest._check_across_fields()
         except BundleError as error:
             raise BundleError(f"{source}: {error}; copy the bundle again or export it again") from None
@@ -249,6 +299,11 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME} is nested more than {MAX_DEPTH} deep") from None
         if not self.verification.quality:
             del values["verification"]["quality"]
+        if not self.parts:
+            del values["parts"]
+        for engine in values["engines"]:
+            if engine["part"] is None:
+                del engine["part"]
         try:
             strict_json.check_values(values)
         except strict_json.JsonError as error:
@@ -266,64 +321,61 @@ class Manifest:
             check_name(name, "files:")
         _require(self.opset > 0, "opset", "must be positive")
         for kind, tensors in (("inputs", self.inputs), ("outputs", self.outputs)):
-            _require(bool(tensors), kind, "must not be empty")
-            _require(len({tensor.name for tensor in tensors}) == len(tensors), kind, "has a name twice")
-        _require("/" not in self.model_file, "model_file", "must lie in the bundle folder itself")
-        _require(self.model_file.endswith(".onnx"), "model_file", "must end in .onnx")
-        _require(self.model_file in self.files, "model_file", f"{show(self.model_file)} is not among the files")
+            _check_tensors(kind, tensors)
+        self._check_model_file("model_file", self.model_file)
         engines = [engine.file for engine in self.engines]
         _require(len(set(engines)) == len(engines), "engines", "has a file twice")
         for name in engines:
             _require(name in self.files, "engines", f"{show(name)} is not among the files")
+        if self.format_version == FORMAT_VERSION or self.parts:
+            self._check_parts()
+
+    def _check_model_file(self, key: str, name: str) -> None:
+        _require("/" not in name, key, "must lie in the bundle folder itself")
+        _require(name.endswith(".onnx"), key, "must end in .onnx")
+        _require(name in self.files, key, f"{show(name)} is not among the files")
+
+    def _check_parts(self) -> None:
+        """A split model: its two roles in order, and every tensor that one takes is given by one before it."""
+        _require(self.format_version == FORMAT_VERSION, "parts", f"need format_version {FORMAT_VERSION}")
+        splits = " or ".join(", ".join(roles) for roles in SPLITS.values())
+        _require(self.split is not None, "parts", f"must have the roles {splits}, in this order")
+        _require(self.model_file == self.parts[0].file, "model_file", "must be the first part's file")
+        _require(len(set(self.model_files)) == len(self.parts), "parts", "has a file twice")
+        there = {tensor.name: tensor for tensor in self.inputs}
+        for index, part in enumerate(self.parts):
+            self._check_model_file(f"parts[{index}].file", part.file)
+            for tensor in part.inputs:
+                where, name = f"parts[{index}].inputs", show(tensor.name)
+                _require(tensor.name in there, where, f"has {name}, which neither the model takes nor a part before")
+                _require(_fits(tensor, there[tensor.name]), where, f"has another {name} than is given")
+            there |= {tensor.name: tensor for tensor in part.outputs}
+        for tensor in self.outputs:
+            _require(tensor.name in there, "outputs", f"has {show(tensor.name)}, which no part gives")
+        roles = [part.role for part in self.parts]
+        for index, engine in enumerate(self.engines):
+            _require(engine.part in roles, f"engines[{index}].part", f"must be one of {', '.join(roles)}")
 
 
-def _require(condition: bool, key: str, rule: str) -> None:
-    if not condition:
-        raise BundleError(f"{key} {rule}")
+def _fits(taken: Tensor, given: Tensor) -> bool:
+    """Whether one tensor can be the other: the same type and axes, of which one may be fixed where it is free there."""
+    if taken.dtype != given.dtype or len(taken.shape) != len(given.shape):
+        return False
+    return all(
+        a == b or isinstance(a, str) != isinstance(b, str) for a, b in zip(taken.shape, given.shape, strict=True)
+    )
 
 
-def _read(cls: type[_T], values: Any, where: str) -> _T:
-    """Build dataclass `cls` from a JSON object that has exactly its fields, but for those that may be absent."""
-    if not isinstance(values, dict):
-        raise BundleError(f"{where or 'the top level'} must be an object, not {show(values)}")
-    hints = typing.get_type_hints(cls)
-    prefix = where + "." if where else ""
-    for key in values:
-        _require(key in hints, f"{prefix}{show(key)}", "is unknown")
-    optional = {f.name for f in dataclasses.fields(cls) if f.metadata == _MAY_BE_ABSENT}  # type: ignore[arg-type]
-    for key in hints:
-        _require(key in values or key in optional, prefix + key, "is missing")
-    arguments = {key: _convert(hint, values[key], prefix + key) for key, hint in hints.items() if key in values}
-    try:
-        return cls(**arguments)
-    except BundleError as error:
-        raise BundleError(f"{prefix}{error}") from None
+def _check_tensors(kind: str, tensors: tuple[Tensor, ...]) -> None:
+    _require(bool(tensors), kind, "must not be empty")
+    _require(len({tensor.name for tensor in tensors}) == len(tensors), kind, "has a name twice")
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type that `hint` names; int, float, bool and str are never mixed up."""
-    if isinstance(hint, types.UnionType):
-        arms = typing.get_args(hint)
-        if value is None and type(None) in arms:
-            return None
-        hint = next((arm for arm in arms if arm is type(value)), arms[0])
-    origin, items = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _read(typing.cast(type, hint), value, where)
-    if origin is tuple:
-        _require(isinstance(value, list), where, f"must be a list, not {show(value)}")
-        kinds = items[:1] * len(value) if items[-1] is ... else items
-        _require(len(value) == len(kinds), where, f"must have {len(kinds)} entries, not {len(value)}")
-        return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        _require(isinstance(value, dict), where, f"must be an object, not {show(value)}")
-        if items[1] is Any:
-            return value
-        return {_convert(str, k, where): _convert(items[1], v, f"{where}[{show(k)}]") for k, v in value.items()}
-    if hint is float and type(value) is int:
-        value = float(value)
-    _require(type(value) is hint, where, f"must be {hint.__name__}, not {show(value)}")
-    if hint is str:
-        good = value != "" and not _CONTROL.search(value)
-        _require(good, where, f"must be non-empty text without control characters, not {show(value)}")
-    return value
+def _check_keys_of_version(values: dict[str, Any]) -> None:
+    """The keys that came with a split model are unknown in the version before it, and required in its own."""
+    single = values["format_version"] == SINGLE_FILE_VERSION
+    held = {"parts": "parts" in values}
+    held |= {f"engines[{index}].part": "part" in engine for index, engine in enumerate(values["engines"])}
+    for key, there in held.items():
+        _require(not (single and there), key, f"is unknown in format_version {SINGLE_FILE_VERSION}")
+        _require(single or there, key, "is missing")

@@ -16,7 +16,7 @@ from moe3d_deploy.manifest import Range, ShapeRanges
 
 MOST_VIEWS = 4096  # where a search for more views ends
 
-_GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.weight"
+GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.weight"
 _LARGEST_VOLUME = 2**31 - 1  # values of a convolution's input or output that TensorRT documents
 _HALF_MAX = 65504
 
@@ -121,7 +121,7 @@ class ShapePlan:
 def usual_form(type_of: TypeOf, device: Device | None) -> str:
     """The attention's form where nobody says otherwise: engines fuse it in 16 bits, nothing does on a CPU."""
     on_cpu = device is not None and device.name == CPU
-    return "explicit" if on_cpu or type_of(_GLOBAL_ATTENTION) == "float32" else "fused"
+    return "explicit" if on_cpu or type_of(GLOBAL_ATTENTION) == "float32" else "fused"
 
 
 def usual_shapes(config: ModelConfig) -> list[Shape4]:
@@ -144,7 +144,7 @@ def plan(setup: Setup, shape: Shape4) -> ShapePlan:
         traffic_bytes=costs.traffic_bytes(setup.config, shape, setup.type_of),
         floor=floor,
         fits=weights + activations <= setup.device.memory if setup.device else None,
-        warnings=tuple(_warnings(setup, shape)),
+        warnings=tuple(warnings_of(setup, shape)),
     )
 
 
@@ -203,19 +203,21 @@ def _floor(setup: Setup, shape: Shape4) -> Floor:
     return Floor(sum(count / device.flops[kind] for kind, count in work.items()), moved / device.bandwidth)
 
 
-def _warnings(setup: Setup, shape: Shape4) -> Iterator[str]:
-    """Limits that a shape crosses and that no figure shows."""
+def warnings_of(setup: Setup, shape: Shape4, part: str | None = None) -> Iterator[str]:
+    """Limits that a shape crosses and that no figure shows; `part` is the role of a part of a split model."""
     batch, views, height, width = shape
     if setup.form == "eager" or setup.on_cpu:
         return
     volume = _convolution_volume(setup, height, width)
-    if batch * views * volume > _LARGEST_VOLUME:
+    if part in (None, "heads", "decoder") and batch * views * volume > _LARGEST_VOLUME:
         yield (
             f"a convolution has {batch * views * volume:,} values, more than the 2^31 - 1 that TensorRT documents; "
             f"{_LARGEST_VOLUME // volume} views in all stay below: verify such a run on the device"
         )
     tokens = costs.Sizes.of(setup.config, shape).tokens
-    if setup.type_of(_GLOBAL_ATTENTION) == "float16" and views * tokens > _HALF_MAX:
+    if part in ("heads", "encoder"):
+        return  # attention inside a view at most
+    if setup.type_of(GLOBAL_ATTENTION) == "float16" and views * tokens > _HALF_MAX:
         yield (
             f"global attention has {views * tokens:,} keys; a fused kernel that sums its softmax in float16 overflows "
             f"past {_HALF_MAX:,}, which {_HALF_MAX // tokens} views stay below: verify such a run on the device"

@@ -1,4 +1,4 @@
-"""A stand-in for the GPU's library: the kernels' code compiled for the CPU behind the C entry's own two functions.
+"""A stand-in for the GPU's library: the kernels' code compiled for the CPU behind the C entry's own functions.
 
 A test file takes the fixtures by `pytest_plugins = ["native_fixtures", "native_library"]`.
 """

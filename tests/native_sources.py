@@ -15,6 +15,7 @@ extern "C" const char* moe3d_error_text(int status) {{
     const char* const text = host_status_text(status);
     return text ? text : "unknown status";
 }}
+extern "C" int moe3d_abi_version() {{ return MOE3D_ABI_VERSION; }}
 """
 
 
@@ -27,9 +28,10 @@ def compiled(out: Path, source: str, *options: str | Path) -> Path:
     return out
 
 
-def spoilt_entry(status: int) -> str:
+def spoilt_entry(status: int, abi_version: int = 1) -> str:
     """Source of a library whose mix answers `status` to everything."""
     return f"""
+extern "C" int moe3d_abi_version() {{ return {abi_version}; }}
 extern "C" int moe3d_expert_mix(const void*, const void*, void*) {{ return {status}; }}
 extern "C" const char* moe3d_error_text(int) {{ return "so it is"; }}
 """

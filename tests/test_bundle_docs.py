@@ -99,7 +99,7 @@ def test_the_table_has_the_keys_of_a_built_engine(tmp_path: Path, monkeypatch: p
     record = engine_build.build(model, tmp_path / "plan", profile, precision="fp16", builder="tensorrt-rtx")
 
     rows = documented("An engine record")
-    assert set(rows) == {"file", *record}
+    assert set(rows) == {"file", "part", *record}
     assert named_in(rows["build"]) == set(record["build"])
     assert named_in(rows["plugin"]) == set(record["plugin"])
 

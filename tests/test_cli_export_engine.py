@@ -11,6 +11,7 @@ from typing import Any
 
 import exports
 import pytest
+from plugin_files import plugin_file
 
 from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle
@@ -123,6 +124,7 @@ class Asked:
         self.clock = 0.0
         self.fail: Exception | None = None
         self.from_cache = False
+        self.audit: dict[str, Any] = {}
 
     def add_built_engine(
         self, bundle: Bundle, builder: str, profiles: tuple[ShapeProfile, ...], *, progress: Any, **options: Any
@@ -136,7 +138,7 @@ class Asked:
         record = EngineRecord(
             "engines/e.plan", "tensorrt-rtx", "1.7.1", (89,), "fp16",
             tuple(Profile(profile.min, profile.opt, profile.max) for profile in profiles),
-            audit={"summary": "all is well"},
+            audit={"summary": "all is well"} | self.audit,
             build={"seconds": 51.2, "peak_bytes": 2_200_000_000, "from_cache": self.from_cache},
         )  # fmt: skip
         return bundle, record
@@ -160,6 +162,33 @@ def test_every_flag_reaches_the_builder(asked: Asked, bundle: str, tmp_path: Pat
         4 << 30, 5, version_compatible=True, hardware_compatible=True, weight_streaming=True, strip_weights=True,
         timing_cache=f"{tmp_path}/timings",
     )  # fmt: skip
+
+
+def test_the_plugin_and_what_is_accepted_reach_the_builder(
+    asked: Asked, bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model of these tests is narrower than what the plugin takes."""
+    monkeypatch.setattr(export_engine, "check_model_for_plugin", lambda *_: None)
+    path = plugin_file(tmp_path / "lib.so")
+    flags = ["--plugin", str(path), "--accept", "attention", "--accept", "expert-mix"]
+    assert export_main([bundle, *flags]) == 0
+    assert asked.options["plugin"] == trt.PluginLibrary.of(path)
+    assert asked.options["accept"] == ("attention", "expert-mix")
+
+
+def test_what_was_accepted_and_the_notes_end_the_build(asked: Asked, bundle: str, capsys: Capture) -> None:
+    asked.audit = {
+        "findings": [{"name": "attention", "text": "not all are fused", "accepted": True}],
+        "notes": ["--accept expert-mix was not needed"],
+        "plan": {"notes": ["the engine's size: 2 MB where 1 MB are predicted"]},
+    }
+    assert export_main([bundle]) == 0
+    assert [line.split(maxsplit=1) for line in capsys.readouterr().err.splitlines()[1:5]] == [
+        ["audit", "all is well"],
+        ["accepted", "attention: not all are fused"],
+        ["note", "--accept expert-mix was not needed"],
+        ["note", "the engine's size: 2 MB where 1 MB are predicted"],
+    ]
 
 
 def test_without_flags_all_is_the_builders_choice(asked: Asked, bundle: str) -> None:
@@ -223,6 +252,9 @@ def test_a_tensor_beyond_2_to_31_values_is_a_warning_with_the_views_that_are_saf
         ("--builder none --max-shapes 1x1x3x14x14", "--max-shapes is a shape of an engine and --builder none builds"),
         ("--max-shapes images:1x2x3x43x42", "--max-shapes images:1x2x3x43x42: height 43 is not a multiple of the "
          "patch size 14; nearest is images:1x2x3x42x42"),
+        ("--accept types", "--accept types: the audit has no such finding; its findings are strong-typing, matmul-"),
+        ("--builder none --accept attention", "--accept is a flag of an engine and --builder none builds none"),
+        ("--plugin none.so", "plugin library none.so cannot be read: No such file or directory; build it as docs/plug"),
         ("--json --json-events", "--json and --json-events are two forms of one answer: leave one of them out"),
     ],
 )  # fmt: skip

@@ -114,6 +114,31 @@ def test_flags_and_what_was_planned_stand_beside_what_was_built(tmp_path: Path) 
     ]
 
 
+def test_plugin_accepted_findings_and_notes_are_shown(tmp_path: Path) -> None:
+    digest = "d1" * 32
+    findings = [
+        {"name": "attention", "text": "12 attentions are to be fused, the engine has 11", "accepted": True},
+        {"name": "matmul-types", "text": "nobody accepted this", "accepted": False},
+    ]
+    path = tmp_path / "bundle"
+    lines = engine_lines(
+        path,
+        plugin={"layers": ["ExpertMix"], "library": "lib.so", "sha256": digest},
+        audit={"findings": findings, "notes": ["of the audit"], "plan": {"notes": ["of the plan"]}},
+    )
+    (about,) = [line for line in run(path).stdout.splitlines() if "compute capability" in line]
+    assert about.endswith(f", needs the plugin library of sha256 {digest}")
+    assert lines[0] == "  accepted (attention): 12 attentions are to be fused, the engine has 11"
+    assert lines[-2:] == ["  note: of the audit", "  note: of the plan"]
+    assert "nobody accepted this" not in run(path).stdout
+
+
+@pytest.mark.parametrize("audit", [{"findings": 3, "notes": "x"}, {"findings": [3, {"accepted": True}, {"name": "a"}]}])
+def test_findings_of_another_form_are_passed_over(tmp_path: Path, audit: dict[str, Any]) -> None:
+    (line,) = engine_lines(tmp_path / "bundle", audit=audit)
+    assert line.startswith("  profile BxSxHxW ")
+
+
 @pytest.mark.parametrize(
     "plan",
     [

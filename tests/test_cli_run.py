@@ -230,7 +230,11 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
             ("--outputs", "pose_enc"),
             "the outputs of bundle {bundle} were chosen at export; export again with --outputs",
         ),
-        (("--view-chunk", "1"), "view_chunk is for PyTorch alone; leave it out for bundle {bundle}"),
+        (
+            ("--view-chunk", "1"),
+            "view_chunk is for PyTorch and for split models, and the model of bundle {bundle} is one file: leave it "
+            "out, or export with --split heads",
+        ),
         (("--backend", "pytorch"), "{bundle} is a bundle, which holds no PyTorch weights; name its checkpoint instead"),
         (("--size", "50"), "image size 50 is not a multiple of the patch size 14; use 56"),
     ],

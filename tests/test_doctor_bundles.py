@@ -187,8 +187,24 @@ def test_all_that_speaks_against_an_engine_is_told_at_once(tmp_path: Path) -> No
     path = str(tmp_path / "bundle")
     assert [why for why, _ in engine_reasons(path, cuda=NO_CUDA)] == [
         "TensorRT is not installed",
-        "it needs a plugin library, and this version registers none",
+        "it needs a plugin library, and its record does not say which",
         "there is no CUDA driver",
+    ]
+
+
+def test_a_plugin_library_is_a_caution_since_only_the_one_who_loads_the_engine_has_it(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bundle")
+    plugin = {"layers": ["ExpertMix"], "library": "lib.so", "sha256": "d1" * 32}
+    add(tmp_path / "bundle", replace(example_engine(), builder="tensorrt", builder_version="10.16.1", plugin=plugin))
+    installed = {**LIBRARIES, "tensorrt": {"installed": True, "version": "10.16.1", "fault": None}}
+    found = examine_bundle(str(tmp_path / "bundle"), installed, CUDA, GIB)
+    (engine,) = found["engines"]
+    assert (engine["runs"], engine["plugin_sha256"]) == (True, "d1" * 32)
+    assert engine["cautions"] == [
+        {
+            "why": f"it needs the plugin library of SHA-256 {'d1' * 32}",
+            "remedy": "give that library where the engine is loaded",
+        }
     ]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_files import plugin_file
 
 from moe3d_deploy import trt
 from moe3d_deploy.bundle import Bundle
@@ -74,6 +75,8 @@ class Builds:
         self.asked: list[dict[str, Any]] = []
         self.fail: BaseException | None = None
         self.matmuls = 18
+        self.version = "1.7.1.116"
+        self.plugin: dict[str, Any] | None = None
 
     def __call__(self, onnx: Path, out: Path, shapes: tuple[ShapeProfile, ...], **options: Any) -> dict[str, Any]:
         self.asked.append(options | {"shapes": shapes})
@@ -82,7 +85,9 @@ class Builds:
             raise self.fail
         out.write_bytes(b"plan")
         capabilities = [10 * major + minor for major, minor in options["compute_capabilities"]]
-        network = trt.NetworkFacts(True, {}, {"fp16": self.matmuls, "fp32": 24}, {"fp16": 32}, {}, (), {"ExpertMix": 1})
+        products = {"fp16": self.matmuls, "fp32": 24}
+        plugins, functions = (tuple(self.plugin["layers"]), {}) if self.plugin else ((), {"ExpertMix": 1})
+        network = trt.NetworkFacts(True, {}, products, {"fp16": 32}, {}, plugins, functions)
         audit = {
             "tf32": False,
             "network": dataclasses.asdict(network),
@@ -91,9 +96,9 @@ class Builds:
             "executed": False,
         }
         return {
-            "builder_version": "1.7.1.116",
+            "builder_version": self.version,
             "compute_capabilities": capabilities,
-            "plugin": None,
+            "plugin": self.plugin,
             "audit": audit,
             "build": {"seconds": 1.0, "plan_bytes": 4},
         }
@@ -151,8 +156,8 @@ def test_a_bundle_replaced_before_the_lock_is_taken_is_refused(
 ) -> None:
     before = add._plan
 
-    def plan(*arguments: Any) -> Any:
-        planned = before(*arguments)
+    def plan(*arguments: Any, **options: Any) -> Any:
+        planned = before(*arguments, **options)
         pretend(bundle, name="another")
         return planned
 
@@ -194,6 +199,53 @@ def test_what_the_builder_does_not_have_is_refused_before_the_build(bundle: Bund
     with pytest.raises(InputError, match="^--target sm90: "):
         add_built_engine(bundle, "tensorrt-rtx", SHAPES, compute_capabilities=[(9, 0)])
     assert builds.asked == []
+
+
+# What may stand, and the plugin
+
+
+def test_a_finding_that_is_accepted_enters_the_bundle_with_the_engine(
+    bundle: Bundle, builds: Builds, tmp_path: Path
+) -> None:
+    cache, builds.matmuls = EngineCache(tmp_path / "cache"), 17
+    with pytest.raises(InputError, match="^--accept types: the audit has no such finding"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, accept=["types"])
+    assert builds.asked == []
+    with pytest.raises(EngineError, match="or let it stand: --accept matmul-types$"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, accept=["attention"])
+    add_built_engine(bundle, "tensorrt-rtx", SHAPES, accept=["matmul-types"], cache=cache)
+    (record,) = Bundle.open(bundle.path).manifest.engines
+    (finding,) = record.audit["findings"]
+    assert (finding["name"], finding["accepted"]) == ("matmul-types", True)
+    assert finding["text"].startswith("fp16 asks for 18 fp16 matmuls and the others in fp32, the network has 17 fp16")
+    assert trt.rebuild_command("b", record).endswith(" --accept matmul-types")
+    with pytest.raises(EngineError, match="or let it stand: --accept matmul-types$"):
+        add_built_engine(bundle, "tensorrt-rtx", SHAPES, cache=cache)  # its kept copy is audited for this request
+
+
+def test_an_engine_with_the_plugin_lies_beside_the_one_without(
+    bundle: Bundle, builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt, "require", lambda builder: None)
+    monkeypatch.setattr(trt, "available", lambda: {"tensorrt": "10.16.1.11"})
+    monkeypatch.setattr(trt, "target_capabilities", lambda *_: ((8, 9),))
+    config = bundle.manifest.model_config
+    moe = config["moe"] | {"hidden_channels": 8, "gate_hidden_channels": 8}  # the least that the plugin takes
+    bundle = pretend(bundle, model_config=config | {"moe": moe})
+    library = trt.PluginLibrary.of(plugin_file(tmp_path / "libmoe3d_plugin_trt10.so"))
+    builds.version = "10.16.1.11"
+    _, plain = add_built_engine(bundle, "tensorrt", SHAPES)
+    with pytest.raises(EngineError, match="takes the plugin of ExpertMix with a plugin library, the network has the f"):
+        add_built_engine(bundle, "tensorrt", SHAPES, plugin=library)
+    needs = {"layers": ["ExpertMix"], "library": library.path.name, "sha256": library.sha256}
+    builds.plugin = needs
+    after, record = add_built_engine(bundle, "tensorrt", SHAPES, plugin=library)
+    assert builds.asked[-1]["plugin"] == library
+    assert record.file == plain.file.removesuffix(".plan") + "+plugin.plan"
+    assert (record.plugin, record.audit["expert_mix"]) == (needs, "plugin")
+    assert {engine.file for engine in after.manifest.engines} == {plain.file, record.file}
+    with pytest.raises(InputError, match="^--plugin: it mixes merged experts, and this model has experts that are not"):
+        add_built_engine(pretend(bundle, merged_experts=False), "tensorrt", SHAPES, plugin=library)
 
 
 # The log

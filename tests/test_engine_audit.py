@@ -8,39 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from audit_facts import FULL, POINTS, facts, manifest_of
 from manifests import example_manifest
 
 from moe3d_deploy import trt
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.engines.audit import audit, expected, require_audit
 from moe3d_deploy.errors import EngineError
-from moe3d_deploy.manifest import Manifest, Tensor
-
-POINTS = Tensor("point_map", "float32", ("B", "S", "H", "W", 3), "points of the point head")
-
-
-def manifest_of(preset: str, precision: str, **changes: Any) -> Manifest:
-    config = PRESETS[preset]
-    changes = {"merged_experts": config.moe is not None} | changes
-    return dataclasses.replace(
-        example_manifest(), name=preset, precision=precision, model_config=config.to_dict(), **changes
-    )
-
-
-def facts(matmul: dict[str, int], convolution: dict[str, int], fused: int | None, **changes: Any) -> dict[str, Any]:
-    """What a build reports; `changes` are of the network."""
-    network = trt.NetworkFacts(True, {"SOFTMAX": 1}, matmul, convolution, {}, (), {"ExpertMix": 1})
-    return {
-        "tf32": False,
-        "network": dataclasses.asdict(dataclasses.replace(network, **changes)),
-        "compiled": None if fused is None else {"layers": {}, "fused_attention": fused},
-        "activation_memory_bytes": [1_000_000],
-        "executed": False,
-    }
-
-
-FULL = facts({"fp16": 432, "fp32": 116}, {"fp16": 32}, 72)  # measured, as are the figures of moe3d-tiny below
-
 
 # What is right
 
@@ -78,7 +52,7 @@ FULL = facts({"fp16": 432, "fp32": 116}, {"fp16": 32}, 72)  # measured, as are t
 def test_measured_engines_pass_with_one_line(preset: str, precision: str, found: dict[str, Any], summary: str) -> None:
     result = require_audit(found, manifest_of(preset, precision))
     assert result["summary"] == summary.format(mix="ExpertMix as function") + ", not executed"
-    assert result["faults"] == []
+    assert result["findings"] == []
 
 
 @pytest.mark.parametrize(
@@ -153,7 +127,8 @@ def test_the_audit_says_what_ran(plugins: tuple[str, ...], functions: dict[str, 
         (("tensorrt-rtx", "1.7.1.116"), False, "function", "plugin"),
         (("tensorrt", "10.16.1.11"), False, "function", "plugin"),
         (("tensorrt", "10.16.1.11"), True, "plugin", "function"),
-        (("tensorrt", "10.3.0.26"), True, "function", "plugin"),  # the function goes first there
+        (("tensorrt", "10.3.0.26"), True, "plugin", "function"),  # the function is taken out there
+        (("tensorrt", "10.3.0.26"), False, "function", "plugin"),
     ],
 )
 def test_what_ran_has_to_be_what_the_parser_takes(built_by: tuple[str, str], plugin: bool, good: str, bad: str) -> None:

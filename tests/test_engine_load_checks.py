@@ -103,7 +103,7 @@ def test_every_fault_of_a_record_is_told() -> None:
     wrong = replace(of_tensorrt("10.16.1.11", **COMPATIBLE, strip_weights=True), plugin={"layers": ["mix"]})
     assert load_faults(wrong, version="10.3.0.26", gpus=[(7, 5), (8, 7)]) == [
         "built by TensorRT 10.16.1.11 for later ones, here is 10.3.0.26",
-        "it needs a plugin library, and this version registers none",
+        "it needs a plugin library, and its record does not say which",
         "it has no weights (--strip-weights), and this version puts none in",
         "built for compute capability 8.9 and every GPU from 8.0 on but Jetson's, the GPUs here have 7.5, 8.7",
     ]
@@ -237,7 +237,7 @@ def test_the_right_engine_reaches_the_deserialiser(tmp_path: Path, spy: Spy) -> 
         ),
         (
             replace(RTX, plugin={"layers": ["expert_mix"]}),
-            "it needs a plugin library, and this version registers none",
+            "it needs a plugin library, and TensorRT-RTX takes none",
             None,
             "sm89",
         ),

@@ -28,6 +28,7 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.quality import QualityPlan
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
+from moe3d_deploy.export.verify import open_model
 
 PLAN = QualityPlan(scenes=2, views=2, height=28, width=42)
 SEEDED = {"origin": "preset:moe3d-tiny seed 0", "licence": "seeded random weights, no licence"}
@@ -141,7 +142,7 @@ def test_a_file_gets_the_pixels_and_the_number_of_scenes_it_wants(
     levels = np.random.default_rng(0).integers(0, 256, (2, 3, 28, 42))
     images = levels.astype(np.float32) / np.float32(255)
 
-    assert quality._file_predictor(request, tmp_path / "model.onnx")(images) == {"depth": 0}
+    assert quality._file_predictor(request, open_model(request))(images) == {"depth": 0}
 
     assert (seen[0].shape, seen[0].dtype) == (shape, dtype)
     expected = np.moveaxis(levels, 1, -1) if input_type == "uint8" else images

@@ -67,7 +67,7 @@ def test_every_16_bit_type_becomes_float32_and_nothing_else_changes(kind: str, t
 
     assert kinds_in(twin) == {TensorProto.FLOAT}
     assert [node.op_type for node in twin.graph.node] == [node.op_type for node in onnx.load(source).graph.node]
-    onnx.checker.check_model(tmp_path / "twin.onnx", full_check=True)
+    onnx.checker.check_model(tmp_path / "twin.model.onnx", full_check=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

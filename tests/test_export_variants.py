@@ -166,6 +166,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_another_process(tmp_path: P
         "opset": options.opset,
         "input": options.input,
         "static": dataclasses.asdict(options.static),
+        "split": options.split,
         "folder": str(tmp_path),
     }
     pipeline.export_stage(request, lambda event: None)

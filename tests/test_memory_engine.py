@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from exports import MOE, bundle, merged
 
+from moe3d_deploy.engines.attention_memory import forms_of
 from moe3d_deploy.engines.shapes import ShapeProfile
 from moe3d_deploy.memory import activation_bytes
 from moe3d_deploy.trt import build_engine
@@ -37,3 +38,4 @@ def test_an_engine_needs_what_was_predicted(
     (reported,) = built.activation_memory_bytes
     assert reported > SMALLEST_BYTES
     assert activation_bytes(MOE, shape, form=form, precision=precision) == pytest.approx(reported, rel=BOUND)
+    assert forms_of(MOE, shape, precision).told_by(reported) == {"fused": "fused", "explicit": "in memory"}[form]

@@ -98,8 +98,23 @@ def test_a_file_that_is_no_library_is_said_to_be_none(tmp_path: Path) -> None:
 
 def test_another_library_such_as_the_tensorrt_plugin_is_refused(tmp_path: Path) -> None:
     path = compiled(tmp_path / "libmoe3d_plugin_trt11.so", 'extern "C" int getCreators() { return 0; }')
-    with pytest.raises(Moe3dError, match=r"has no function moe3d_expert_mix, so it is not libmoe3d_expert_mix\.so"):
+    with pytest.raises(Moe3dError, match=r"has no function moe3d_expert_mix, so it is not this version's libmoe3d_exp"):
         loading.load(path)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_library_of_another_version_of_the_interface_is_refused(tmp_path: Path, version: int) -> None:
+    path = compiled(tmp_path / "lib.so", spoilt_entry(0, version))
+    with pytest.raises(Moe3dError) as caught:
+        loading.load(path)
+    assert str(caught.value) == (
+        f"{path} has version {version} of the C interface, this version of moe3d-deploy has 1; {BUILD_IT}"
+    )
+
+
+def test_the_versions_of_header_and_loader_are_one() -> None:
+    header = (NATIVE / "plugin" / "moe3d_expert_mix.h").read_text(encoding="utf-8")
+    assert f"#define MOE3D_ABI_VERSION {loading.ABI_VERSION}\n" in header
 
 
 # A structure of another version: a field more at its front, within it, and among the addresses.
@@ -126,8 +141,8 @@ def test_a_library_of_another_abi_is_refused(tmp_path: Path, before: str, after:
     launch = NATIVE / "plugin" / "expert_mix_launch.h"
     (tmp_path / "launch.h").write_text(launch.read_text(encoding="utf-8"), encoding="utf-8")
     source = """
-#include <initializer_list>
 #include "launch.h"
+extern "C" int moe3d_abi_version() { return MOE3D_ABI_VERSION; }
 extern "C" int moe3d_expert_mix(const moe3d::Sizes* sizes, const moe3d::Tensors* tensors, void*) {
     moe3d::Plan plan;
     return moe3d::make_plan(*sizes, *tensors, &plan);
@@ -240,12 +255,13 @@ def test_without_nvcc_the_build_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.full
 def test_the_library_by_nvcc_alone_is_that_of_cmake(tmp_path: Path) -> None:
-    """Built for real, for one architecture: it loads, and exports the two functions alone."""
+    """Built for real, for one architecture: it loads, and exports the functions of the C entry alone."""
     tool("nvcc", "compiles the kernels")
     path = building.build(tmp_path, [89])
     assert loading.load(path).text(0) == "ok"
     exported = run(tool("nm", "lists symbols"), "-D", "--defined-only", path)
-    assert sorted(line.split()[-1] for line in exported.splitlines()) == ["moe3d_error_text", "moe3d_expert_mix"]
+    names = sorted(line.split()[-1] for line in exported.splitlines())
+    assert names == ["moe3d_abi_version", "moe3d_error_text", "moe3d_expert_mix"]
 
 
 def test_the_command_builds_and_says_how_to_use_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -50,7 +50,12 @@ def test_auto_and_the_named_backend_are_the_same() -> None:
             {"outputs": ["pose_enc"]},
             "the outputs of bundle {source} were chosen at export; export again with --outputs",
         ),
-        ("bundle", {"view_chunk": 2}, "view_chunk is for PyTorch alone; leave it out for bundle {source}"),
+        (
+            "bundle",
+            {"view_chunk": 2},
+            "view_chunk is for PyTorch and for split models, and the model of bundle {source} is one file: leave it "
+            "out, or export with --split heads",
+        ),
         ("bundle", {"seed": 1}, "seed is for PyTorch alone; leave it out for bundle {source}"),
         ("bundle", {"plugin": "none"}, "plugin is for PyTorch alone; leave it out for bundle {source}"),
         ("bundle", {"allow_pickle": True}, "allow_pickle is for PyTorch alone; leave it out for bundle {source}"),

@@ -19,10 +19,10 @@ from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.quality import SCENES, QualityPlan, quality_lines
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.static import StaticShape
-from moe3d_deploy.manifest import ShapeRanges, Verification
+from moe3d_deploy.manifest import SPLITS, ShapeRanges, Verification
 
 _OF_A_CHECKPOINT = (
-    "precision", "outputs", "opset", "input_type", "static", "no_merge", "no_verify", "verify_quality", "seed",
+    "precision", "outputs", "opset", "input_type", "static", "split", "no_merge", "no_verify", "verify_quality", "seed",
     "allow_pickle", "overwrite",
 )  # fmt: skip
 
@@ -51,6 +51,11 @@ _OF_A_CHECKPOINT = (
     "--static", default=None, metavar="BxSxHxW",
     help="Numbers for what the file fixes, letters for what stays free: 1xSx392x518.  [default: all free]",
 )  # fmt: skip
+@click.option(
+    "--split", type=click.Choice(list(SPLITS)), default=None,
+    help="Two ONNX files in place of one: the dense heads apart, to run them on a few views at a time; or the encoder, "
+    "to keep the tokens of views that come again.  [default: one file]",
+)  # fmt: skip
 @click.option("--no-merge", is_flag=True, help="Keep a convolution per expert and plain operations for the mix.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the file with PyTorch; the manifest records it.")
 @click.option(
@@ -72,6 +77,7 @@ def export_command(
     opset: str,
     input_type: str,
     static: str | None,
+    split: str | None,
     no_merge: bool,
     no_verify: bool,
     verify_quality: int | None,
@@ -92,6 +98,7 @@ def export_command(
     moe3d-export bundle --views 8 --height 392 --width 518
     moe3d-export my-moe3d -o wide --precision bf16 --opset 23
     moe3d-export my-moe3d -o camera --input uint8 --static 1x1x392x518
+    moe3d-export my-moe3d -o many --split heads
     moe3d-export my-moe3d -o maps --outputs expert_weights,expert_entropy --builder none
     moe3d-export my-moe3d -o checked --verify-quality 32
     """
@@ -125,6 +132,7 @@ def export_command(
                 input=input_type,
                 static=StaticShape.parse(static) if static else StaticShape(),
                 quality=verify_quality,
+                split=split,
             )
             _check_before_work(request, spec, options, reporter)
             bundle = _export(spec, output, options, overwrite, reporter, report)
@@ -167,6 +175,7 @@ def _check_before_work(request: EngineRequest, spec: SourceSpec, options: Export
             options.opset,
             options.merge,
             layout(options.input) == CHANNELS_LAST,
+            options.split,
         )
         request.check(file, reporter, exported=False)
 

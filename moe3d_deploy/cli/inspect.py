@@ -10,8 +10,8 @@ import click
 
 from moe3d_deploy.bundle import Bundle, Verify
 from moe3d_deploy.errors import BundleError
-from moe3d_deploy.manifest import EngineRecord, Manifest, Range, Tensor, Verification
-from moe3d_deploy.trt import rebuild_command
+from moe3d_deploy.manifest import EngineRecord, Manifest, Part, Range, Tensor, Verification
+from moe3d_deploy.trt import accepted_findings, plugin_digest, rebuild_command
 
 _LABEL_WIDTH = 14
 _ONLY_TENSORRT = "; runs in TensorRT only, as an engine (no CPU runtime has bf16 kernels)"
@@ -71,6 +71,7 @@ def report(path: str, digests: str, manifest: Manifest, faults: Mapping[str, str
         ("images", [f"{prep.mode} to {prep.size}, multiples of {prep.patch_size}, {prep.layout}"]),
         ("inputs", _tensors(manifest.inputs)),
         ("outputs", _tensors(manifest.outputs)),
+        ("parts", [line for part in manifest.parts for line in _part(part)]),
         ("shapes", [f"{name} {_range(getattr(ranges, name))}" for name in ("batch", "views", "height", "width")]),
         ("files", _columns((name, _size(entry.size)) for name, entry in sorted(manifest.files.items()))),
         (
@@ -91,6 +92,14 @@ def _tensors(tensors: Iterable[Tensor]) -> list[str]:
     return _columns((t.name, t.dtype, f"({', '.join(map(str, t.shape))})", t.meaning) for t in tensors)
 
 
+def _part(part: Part) -> list[str]:
+    how = "view by view, in chunks of any size" if part.per_view else "all views of a scene together"
+    lines = [f"{part.role}, {part.file}: {how}"]
+    for verb, tensors in (("takes", part.inputs), ("gives", part.outputs)):
+        lines += [f"  {verb}  {line}" for line in _tensors(tensors)]
+    return lines
+
+
 def _range(values: Range) -> str:
     if values.min == values.max:
         return str(values.min)
@@ -101,12 +110,16 @@ def _range(values: Range) -> str:
 def _engine(engine: EngineRecord, fault: str | None) -> list[str]:
     capabilities = ", ".join(f"{value // 10}.{value % 10}" for value in engine.compute_capabilities)
     plugin = "needs its plugin library" if engine.plugin else "no plugin"
+    of_part = f", part {engine.part}" if engine.part else ""
+    if digest := plugin_digest(engine):
+        plugin = f"needs the plugin library of sha256 {digest}"
     lines = [
-        engine.file,
+        engine.file + of_part,
         f"  {engine.builder} {engine.builder_version}, {engine.precision}, compute capability {capabilities}, {plugin}",
     ]
     if isinstance(summary := engine.audit.get("summary"), str):
         lines.append(f"  {summary}")
+    lines += [f"  accepted ({name}): {text}" for name, text in accepted_findings(engine).items()]
     if isinstance(flags := engine.build.get("flags"), dict) and flags:
         lines.append("  flags " + ", ".join(f"{name} {json.dumps(value)}" for name, value in sorted(flags.items())))
     planned = _object(engine.audit.get("plan"))
@@ -120,8 +133,7 @@ def _engine(engine: EngineRecord, fault: str | None) -> list[str]:
         of_largest = f" at the largest shape, {work / 1e12:.3g} TFLOP" if _is_count(work) else " at the largest shape"
         lines += _compared("activation memory" + of_largest, _object(row).get("activation_bytes"))
     lines += _compared("size of the engine, planned as its weights", planned.get("plan_bytes"))
-    notes = planned.get("notes")
-    lines += [f"  note: {note}" for note in (notes if isinstance(notes, list) else [])]
+    lines += [f"  note: {note}" for notes in (engine.audit.get("notes"), planned.get("notes")) for note in _list(notes)]
     if fault:
         lines.append(f"  CANNOT BE USED: {fault}")
     return lines
@@ -133,6 +145,10 @@ def _compared(what: str, figures: Any) -> list[str]:
     if not _is_count(predicted) or not _is_count(found):
         return []
     return [f"    {what}: planned {_size(predicted)}, built {_size(found)}, {found / predicted:.2f} of the plan"]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -29,7 +29,10 @@ _EXPERT_OUTPUTS = ("expert_weights", "expert_entropy")
 @output_options
 @click.option("--outputs", default="", help="PyTorch only: outputs beyond the default ones, separated by commas.")
 @click.option("--seed", type=click.IntRange(min=0), help="PyTorch presets only: seeded random weights.")
-@click.option("--view-chunk", type=click.IntRange(min=1), help="PyTorch only: views the dense heads take at a time.")
+@click.option(
+    "--view-chunk", type=click.IntRange(min=1),
+    help="PyTorch, and bundles of --split: views the dense heads, or the encoder, take at a time.",
+)  # fmt: skip
 @click.option(
     "--plugin", metavar="PATH|none",
     help="PyTorch on a GPU: the expert-mix kernel's library, or none; default: the one that is found.",

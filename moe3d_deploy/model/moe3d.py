@@ -54,17 +54,36 @@ class MoE3D(nn.Module):
         self._check(images, outputs)
         if view_chunk is not None and view_chunk < 1:
             raise InputError(f"view_chunk must be at least 1, got {view_chunk}")
-        grid = self._grid(images)
+        grid = self._grid(images.shape[-2:])
         batch, views = images.shape[:2]
-        tokens = self._aggregate(images)
-        result = self._cameras(self._camera_tokens(tokens), images)
+        tokens = self.aggregate(self.aggregator.encode(images), grid)
+        size = (images.shape[-2], images.shape[-1])
+        return self._outputs(tokens, (batch, views), grid, size, outputs, view_chunk)
+
+    def decode(self, patches_BSPC: Tensor, size: tuple[int, int], *, outputs: Sequence[str] = ()) -> dict[str, Tensor]:
+        """`forward` from the encoder's patch tokens on; `size` is the height and width of the views in pixels."""
+        grid = self._grid(size)
+        batch, views = patches_BSPC.shape[:2]
+        return self._outputs(self.aggregate(patches_BSPC, grid), (batch, views), grid, size, outputs, None)
+
+    def _outputs(
+        self,
+        tokens: dict[int, Tensor],
+        scenes: tuple[int, int],
+        grid: Grid,
+        size: tuple[int, int],
+        outputs: Sequence[str],
+        view_chunk: int | None,
+    ) -> dict[str, Tensor]:
+        """Everything that a run gives, from the aggregator outputs, which are dropped as soon as that can be."""
+        result = self.cameras(tokens, size)
         levels = self._levels(tokens)
-        del tokens
-        chunks = [self._dense(part, grid, outputs) for part in _chunks(levels, view_chunk)]
+        tokens.clear()
+        chunks = [self.dense(part, grid, outputs) for part in _chunks(levels, view_chunk)]
         for name in list(chunks[0]):
             parts = [chunk.pop(name) for chunk in chunks]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            result[name] = whole.unflatten(0, (batch, views))
+            result[name] = whole.unflatten(0, scenes)
         if "world_points" in outputs:
             result["world_points"] = unproject(result["depth"], result["extrinsics"], result["intrinsics"])
         return result
@@ -74,8 +93,9 @@ class MoE3D(nn.Module):
         if images.dim() == 4:
             images = images[None]
         self._check(images, ())
-        tokens = self._aggregate(images)
-        return Backbone(self._levels(tokens), self._camera_tokens(tokens), self._grid(images))
+        grid = self._grid(images.shape[-2:])
+        tokens = self.aggregate(self.aggregator.encode(images), grid)
+        return Backbone(self._levels(tokens), self._camera_tokens(tokens), grid)
 
     def features(self, images: Tensor) -> dict[str, Any]:
         """`patch_tokens` (B, S, P, C) of the encoder and `aggregated`, every aggregator output (B, S, T, 2C)."""
@@ -84,13 +104,13 @@ class MoE3D(nn.Module):
         self._check(images, ())
         patch_tokens = self.aggregator.encode(images)
         depth = self.config.aggregator.depth
-        kept = self.aggregator(patch_tokens, *self._grid(images), keep=range(depth))
+        kept = self.aggregator(patch_tokens, *self._grid(images.shape[-2:]), keep=range(depth))
         return {"patch_tokens": patch_tokens, "aggregated": [kept[i] for i in range(depth)]}
 
-    def _aggregate(self, images: Tensor) -> dict[int, Tensor]:
-        """The aggregator outputs (B, S, T, 2C) that a head reads."""
+    def aggregate(self, patches_BSPC: Tensor, grid: Grid) -> dict[int, Tensor]:
+        """The aggregator outputs (B, S, T, 2C) that a head reads, from the encoder's patch tokens."""
         needed = {*self.config.dpt_head.intermediate_layer_idx, self.config.aggregator.depth - 1}
-        return self.aggregator(self.aggregator.encode(images), *self._grid(images), keep=needed)
+        return self.aggregator(patches_BSPC, *grid, keep=needed)
 
     def _camera_tokens(self, tokens: dict[int, Tensor]) -> Tensor:
         return tokens[self.config.aggregator.depth - 1][:, :, 0]
@@ -101,13 +121,14 @@ class MoE3D(nn.Module):
             for i in self.config.dpt_head.intermediate_layer_idx
         ]
 
-    def _cameras(self, camera_tokens_BSD: Tensor, images: Tensor) -> dict[str, Tensor]:
-        pose = self.camera_head(camera_tokens_BSD)[-1]
-        extrinsics, intrinsics = cameras_from_pose(pose, images.shape[-2], images.shape[-1])
+    def cameras(self, tokens: dict[int, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """`pose_enc`, `extrinsics` and `intrinsics` from the aggregator outputs, for views of `size` (H, W) pixels."""
+        pose = self.camera_head(self._camera_tokens(tokens))[-1]
+        extrinsics, intrinsics = cameras_from_pose(pose, *size)
         return {"pose_enc": pose, "extrinsics": extrinsics, "intrinsics": intrinsics}
 
-    def _dense(self, levels: list[Tensor], grid: Grid, outputs: Collection[str]) -> dict[str, Tensor]:
-        """Per-pixel outputs of some views, the views along the first axis."""
+    def dense(self, levels: Sequence[Tensor], grid: Grid, outputs: Collection[str]) -> dict[str, Tensor]:
+        """Per-pixel outputs of some views, from the patch tokens (N, P, D) of the dense heads' four layers."""
         result: dict[str, Tensor] = {}
         features = self.depth_head.features(levels, grid)
         if self.config.moe is None:
@@ -130,9 +151,9 @@ class MoE3D(nn.Module):
             result |= {name: value for name, value in asked.items() if name in outputs}
         return result
 
-    def _grid(self, images: Tensor) -> Grid:
-        patch = self.config.patch_size
-        return Grid(images.shape[-2] // patch, images.shape[-1] // patch)
+    def _grid(self, size: Sequence[int]) -> Grid:
+        height, width = size
+        return Grid(height // self.config.patch_size, width // self.config.patch_size)
 
     def _check(self, images: Tensor, outputs: Sequence[str]) -> None:
         if images.dim() != 5 or images.shape[2] != 3:

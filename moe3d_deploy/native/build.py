@@ -29,13 +29,13 @@ def build(out: Path = PACKAGE_FOLDER, architectures: Sequence[int] = ()) -> Path
     nvcc = find_nvcc()
     if nvcc is None:
         raise Moe3dError("nvcc was not found; install the CUDA toolkit, or set CUDA_HOME to where it is")
-    listed = _output([nvcc, "--list-gpu-arch"])
+    listed = run_compiler([nvcc, "--list-gpu-arch"])
     offered = sorted(int(number) for number in re.findall(r"compute_(\d+)\b", listed))
     here = [10 * major + minor for major, minor in cuda_driver.compute_capabilities()]
     chosen = choose_architectures(architectures, offered, here)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / FILE_NAME) as temp:
-        _output(compile_command(nvcc, chosen, temp))
+        run_compiler(compile_command(nvcc, chosen, temp))
         ExpertMixLibrary(temp)
     return out / FILE_NAME
 
@@ -74,7 +74,7 @@ def choose_architectures(asked: Collection[int], offered: Collection[int], here:
 
 
 def compile_command(nvcc: str, architectures: Sequence[int], out: Path) -> list[str]:
-    """As engines/native/CMakeLists.txt builds it: the CUDA runtime linked in, two exported names."""
+    """As engines/native/CMakeLists.txt builds it: the CUDA runtime linked in, the exported names of c_entry.map."""
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     newest = max(architectures)
     return [
@@ -95,8 +95,8 @@ def compile_command(nvcc: str, architectures: Sequence[int], out: Path) -> list[
     ]
 
 
-def _output(command: Sequence[str]) -> str:
-    """What a compiler printed. Raises Moe3dError with its first line about an error."""
+def run_compiler(command: Sequence[str]) -> str:
+    """What a compiler, or what calls one, printed. Raises Moe3dError with its first line about an error."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]

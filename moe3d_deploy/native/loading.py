@@ -22,13 +22,14 @@ FILE_NAME = "libmoe3d_expert_mix.so"
 PACKAGE_FOLDER = Path(__file__).resolve().parent / "lib"  # where `moe3d_deploy.native build` puts it
 BUILD_COMMAND = "python -m moe3d_deploy.native build"
 
+ABI_VERSION = 1  # MOE3D_ABI_VERSION of the header that the structures below were written from
 TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # enum moe3d_type
 NCHW, CHANNELS_LAST = 0, 1  # enum moe3d_layout
 MAX_EXPERTS = 16
 WIDTH_STEP = 8  # channels: widths of experts and gate are multiples of it
 ALIGNMENT_BYTES = 16  # of a channels-last map's address
 
-_FUNCTIONS = ("moe3d_expert_mix", "moe3d_error_text")
+_FUNCTIONS = ("moe3d_expert_mix", "moe3d_error_text", "moe3d_abi_version")
 
 
 class Sizes(ctypes.Structure):
@@ -93,7 +94,7 @@ def load(path: Path) -> "ExpertMixLibrary":
 
 
 class ExpertMixLibrary:
-    """The two C functions of a loaded library. May be used from several threads at once."""
+    """The C functions of a loaded library. May be used from several threads at once."""
 
     def __init__(self, path: Path) -> None:
         """Load `path` and check its ABI. Raises Moe3dError."""
@@ -106,9 +107,14 @@ class ExpertMixLibrary:
         for name in _FUNCTIONS:
             if not hasattr(self._functions, name):
                 raise Moe3dError(
-                    f"{path} has no function {name}, so it is not {FILE_NAME} (a TensorRT plugin is another file); "
-                    f"build that with: {BUILD_COMMAND}"
+                    f"{path} has no function {name}, so it is not this version's {FILE_NAME} (a TensorRT plugin is "
+                    f"another file); build that with: {BUILD_COMMAND}"
                 )
+        if (version := int(self._functions.moe3d_abi_version())) != ABI_VERSION:
+            raise Moe3dError(
+                f"{path} has version {version} of the C interface, this version of moe3d-deploy has {ABI_VERSION}; "
+                f"build it again with: {BUILD_COMMAND}"
+            )
         self._functions.moe3d_expert_mix.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._functions.moe3d_expert_mix.restype = ctypes.c_int
         self._functions.moe3d_error_text.argtypes = [ctypes.c_int]
@@ -137,7 +143,7 @@ class ExpertMixLibrary:
 
 
 def _abi_fault(library: ExpertMixLibrary) -> str | None:
-    """What is wrong with the library's layout of the two structures, or None.
+    """What is wrong with the library's layout of the two structures, or None: a number alone may have been forgotten.
 
     Each field in turn gets a value that the interface refuses, and the refusal has to be that field's. Everything is
     refused before a device is needed, so nothing is launched.

@@ -1,6 +1,7 @@
 """An ONNX file in ONNX Runtime on the CPU."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _REASON_CHARACTERS = 300  # ONNX Runtime can name every tensor of a graph
 
 
 class OnnxBackend:
-    """A session over one ONNX file of the contract."""
+    """A session over one ONNX file of the contract, or over a part of a split model."""
 
     def __init__(self, model: Path, *, threads: int | None = None) -> None:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when it is imported; nothing here is to be sent
@@ -31,13 +32,25 @@ class OnnxBackend:
             raise BundleError(
                 f"{model}: ONNX Runtime {ort.__version__} cannot load it: {reason}; copy the bundle or export it again"
             ) from error
+        self.input_names = [given.name for given in self._session.get_inputs()]
         self.output_names = [output.name for output in self._session.get_outputs()]
+        self._keeping, self._releasing = ort.RunOptions(), ort.RunOptions()
+        self._releasing.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """images (B, S, 3, H, W) float32, or (B, S, H, W, 3) uint8, as the file takes -> every output by name."""
+        return self.run_on({"images": images})
+
+    def run_on(self, inputs: Mapping[str, NDArray[Any]], *, release: bool = False) -> dict[str, NDArray[Any]]:
+        """Every input by name -> every output by name. Raises Moe3dError where ONNX Runtime fails.
+
+        release   give the memory of the run back afterwards; else it is kept for the next one, which is quicker
+        """
+        options = self._releasing if release else self._keeping
         try:
-            arrays = self._session.run(None, {"images": images})
+            arrays = self._session.run(None, dict(inputs), options)
         except Exception as error:
-            shape = "x".join(map(str, images.shape))
-            raise Moe3dError(f"ONNX Runtime failed on images {shape}: {first_line(error)}; try fewer views") from error
+            name, first = next(iter(inputs.items()))
+            shape = "x".join(map(str, first.shape))
+            raise Moe3dError(f"ONNX Runtime failed on {name} {shape}: {first_line(error)}; try fewer views") from error
         return dict(zip(self.output_names, arrays, strict=True))

@@ -13,7 +13,7 @@ from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.manifest import Preprocessing, Range, ShapeRanges
-from moe3d_deploy.runtime.onnx_backend import OnnxBackend
+from moe3d_deploy.runtime.bundle_backend import SplitBundleBackend, bundle_backend
 from moe3d_deploy.runtime.pixels import to_floats, to_pixels
 
 BACKENDS = ("auto", "onnxruntime", "pytorch")
@@ -50,7 +50,11 @@ class Session:
         result["depth"]                   # (S, H, W) or (B, S, H, W)
 
     Images may also be 8-bit pixels, uint8 (S, H, W, 3) or (B, S, H, W, 3), whatever the model takes itself. A session
-    is for one thread at a time. `config` is the model's, where it is known.
+    is for one thread at a time. `config` is the model's, where it is known. Of a bundle whose encoder is a part, the
+    tokens of a view can be kept and used again:
+
+        tokens = session.encode(images)   # (S, rows, columns, C)
+        result = session.run_tokens(tokens)
     """
 
     def __init__(
@@ -94,10 +98,13 @@ class Session:
         load   False puts off what takes long, a bundle's digests and the weights, to `load` or the first run; what
                the session tells of itself is known at once
 
+        view_chunk   how many views the dense heads take at a time, in PyTorch and in a bundle of split heads; of a
+                     bundle with a split encoder, how many that takes
+
         The other arguments are PyTorch's: outputs beyond the default ones, the seed of random weights for a preset
-        (None: its trained ones, where it has them), whether a pickle may be read, how many views the dense heads
-        take at a time, and the expert-mix kernel on a GPU: its library, which then has to run, "none" for PyTorch's own
-        operators, or None for a library that is found (docs/plugin.md).
+        (None: its trained ones, where it has them), whether a pickle may be read, and the expert-mix kernel on a GPU:
+        its library, which then has to run, "none" for PyTorch's own operators, or None for a library that is found
+        (docs/plugin.md).
 
         Raises BundleError, CheckpointError, InputError, or MissingExtraError; Moe3dError for an unusable `plugin`.
         """
@@ -113,11 +120,10 @@ class Session:
         if of_bundle:
             if outputs:
                 raise InputError(f"the outputs of bundle {source} were chosen at export; export again with --outputs")
-            given = {"seed": seed is not None, "allow_pickle": allow_pickle, "view_chunk": view_chunk is not None}
-            given["plugin"] = plugin is not None
+            given = {"seed": seed is not None, "allow_pickle": allow_pickle, "plugin": plugin is not None}
             if unused := [name for name, is_given in given.items() if is_given]:
                 raise InputError(f"{unused[0]} is for PyTorch alone; leave it out for bundle {source}")
-            session = cls._of_bundle(Path(source))
+            session = cls._of_bundle(Path(source), view_chunk)
         else:
             session = cls._of_checkpoint(
                 source, outputs, seed=seed, allow_pickle=allow_pickle, view_chunk=view_chunk, plugin=plugin
@@ -127,7 +133,7 @@ class Session:
         return session
 
     @classmethod
-    def _of_bundle(cls, path: Path) -> "Session":
+    def _of_bundle(cls, path: Path, view_chunk: int | None) -> "Session":
         bundle = Bundle.open(path, verify="sizes", engines=False)
         manifest = bundle.manifest
         if manifest.only_in_tensorrt:
@@ -135,7 +141,7 @@ class Session:
                 f"bundle {path} is {manifest.precision}, and bf16 graphs run in TensorRT only, as an engine on a GPU: "
                 "ONNX Runtime has no bf16 kernels on a CPU; for this backend export with --precision fp16 or fp32"
             )
-        backend = _BundleBackend(bundle)
+        backend = bundle_backend(bundle, view_chunk)
         return cls(backend, manifest.name, manifest.preprocessing, manifest.shape_ranges, manifest.config)
 
     @classmethod
@@ -164,8 +170,47 @@ class Session:
         result = self.backend.run(array)
         return {name: value[0] for name, value in result.items()} if np.ndim(images) == 4 else result
 
-    def check(self, images: ArrayLike) -> NDArray[Any]:
-        """The images as `run` hands them to the backend, in its `input_type`. Raises InputError as `run` does."""
+    def encode(self, images: ArrayLike) -> NDArray[np.float32]:
+        """The encoder's patch tokens of views: images as of `run` -> (S, rows, columns, C), or (B, S, ...).
+
+        A view's tokens depend on nothing but the view, so those of one that comes again can be kept. Raises InputError
+        for a model whose encoder is no part of its own.
+        """
+        backend, _ = self._encoder()
+        shapes = ShapeRanges(Range(1, None), Range(1, None), self.shapes.height, self.shapes.width)
+        tokens = backend.encode(self.check(images, shapes))
+        return tokens[0] if np.ndim(images) == 4 else tokens
+
+    def run_tokens(self, tokens: ArrayLike) -> dict[str, NDArray[Any]]:
+        """`run` of the views that `encode` gave these tokens for; theirs from several calls may be joined.
+
+        tokens   (S, rows, columns, C) or (B, S, rows, columns, C); raises InputError for what does not fit
+        """
+        backend, channels = self._encoder()
+        array = np.asarray(tokens)
+        if array.ndim not in (4, 5) or array.dtype != np.float32 or array.shape[-1] != channels:
+            raise InputError(
+                f"tokens: expected float32 (S, rows, columns, {channels}) or (B, S, rows, columns, {channels}), got "
+                f"{array.dtype} {array.shape}; take what encode gives"
+            )
+        batch, views, rows, columns, _ = array.shape if array.ndim == 5 else (1, *array.shape)
+        patch = self.preprocessing.patch_size
+        self._check_sizes(batch, views, rows * patch, columns * patch)
+        result = backend.run_tokens(np.ascontiguousarray(array if array.ndim == 5 else array[None]))
+        return {name: value[0] for name, value in result.items()} if array.ndim == 4 else result
+
+    def _encoder(self) -> tuple[SplitBundleBackend, int]:
+        """The backend, and the channels of its tokens. Raises InputError where the encoder is no part of its own."""
+        backend = self.backend
+        if not isinstance(backend, SplitBundleBackend) or backend.token_channels is None:
+            raise InputError(f"the encoder of {self.name} is no part of its own; export with --split encoder")
+        return backend, backend.token_channels
+
+    def check(self, images: ArrayLike, shapes: ShapeRanges | None = None) -> NDArray[Any]:
+        """The images as `run` hands them to the backend, in its `input_type`. Raises InputError as `run` does.
+
+        shapes   what is taken; None: what the model takes
+        """
         try:
             array = np.asarray(images)
         except ValueError as error:  # lists of unequal length
@@ -176,17 +221,18 @@ class Session:
             array = array[None]
         takes_pixels = self.backend.input_type == "uint8"
         if array.dtype == np.uint8:
-            self._check_pixels(array)
+            self._check_pixels(array, shapes)
             return np.ascontiguousarray(array) if takes_pixels else to_floats(array)
-        self._check_floats(array)
+        self._check_floats(array, shapes)
         return to_pixels(array) if takes_pixels else np.ascontiguousarray(array, np.float32)
 
-    def _check_pixels(self, images: NDArray[np.uint8]) -> None:
+    def _check_pixels(self, images: NDArray[np.uint8], shapes: ShapeRanges | None) -> None:
         if images.ndim != 5 or images.shape[4] != 3:
             raise InputError(f"images: 8-bit pixels are (S, H, W, 3) or (B, S, H, W, 3), got {images.shape}")
-        self._check_sizes(*images.shape[:4])
+        batch, views, height, width, _ = images.shape
+        self._check_sizes(batch, views, height, width, shapes)
 
-    def _check_floats(self, images: NDArray[Any]) -> None:
+    def _check_floats(self, images: NDArray[Any], shapes: ShapeRanges | None) -> None:
         if images.ndim != 5 or images.shape[2] != 3:
             raise InputError(f"images: expected (S, 3, H, W) or (B, S, 3, H, W), got {images.shape}")
         if images.dtype.kind != "f":
@@ -194,36 +240,13 @@ class Session:
         low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
         if not 0 <= low <= high <= 1:
             raise InputError(f"images: values lie in [{low:g}, {high:g}]; expected RGB in [0, 1]")
-        self._check_sizes(*images.shape[:2], *images.shape[3:])
+        batch, views, _, height, width = images.shape
+        self._check_sizes(batch, views, height, width, shapes)
 
-    def _check_sizes(self, batch: int, views: int, height: int, width: int) -> None:
+    def _check_sizes(self, batch: int, views: int, height: int, width: int, shapes: ShapeRanges | None = None) -> None:
         sizes = {"batch": batch, "views": views, "height": height, "width": width}
         for axis, size in sizes.items():
-            _check_size(axis, size, getattr(self.shapes, axis))
-
-
-class _BundleBackend:
-    """A bundle in ONNX Runtime; its digests are checked before ONNX Runtime sees a byte. Engines do not matter here."""
-
-    notes = ()
-
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
-        self._backend: OnnxBackend | None = None
-        self.output_names = tuple(output.name for output in bundle.manifest.outputs)
-        self.input_type = bundle.manifest.inputs[0].dtype
-
-    def load(self) -> None:
-        self._loaded()
-
-    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._loaded().run(images)
-
-    def _loaded(self) -> OnnxBackend:
-        if self._backend is None:
-            self._bundle.check(engines=False)
-            self._backend = OnnxBackend(self._bundle.model_path)
-        return self._backend
+            _check_size(axis, size, getattr(shapes or self.shapes, axis))
 
 
 def _require_source(source: str | Path) -> None:

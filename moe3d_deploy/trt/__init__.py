@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX through Polygraphy: what is installed, build an engine from an ONNX file, run an engine.
 
 The only package that imports tensorrt, tensorrt_rtx or polygraphy, and importing it imports none of them. Precision is
-the graph's: networks are strongly typed on both builders and no flag changes a type. Plugins are not registered here;
-TensorRT-RTX aborts the process when one is.
+the graph's: networks are strongly typed on both builders and no flag changes a type. A plugin library is registered
+with TensorRT alone: TensorRT-RTX aborts the process when one is.
 """
 
 from moe3d_deploy.trt.builder import BuiltEngine, build_engine
@@ -17,8 +17,9 @@ from moe3d_deploy.trt.installed import (
     title,
     visible_gpus,
 )
-from moe3d_deploy.trt.load_checks import load_faults, rebuild_command
+from moe3d_deploy.trt.load_checks import accepted_findings, load_faults, plugin_digest, rebuild_command
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts
+from moe3d_deploy.trt.plugin_library import PluginLibrary
 from moe3d_deploy.trt.runner import EngineRunner
 from moe3d_deploy.trt.watch import Progress
 
@@ -30,7 +31,9 @@ __all__ = [
     "EngineRunner",
     "ImageProfile",
     "NetworkFacts",
+    "PluginLibrary",
     "Progress",
+    "accepted_findings",
     "available",
     "build_engine",
     "check_flags",
@@ -39,6 +42,7 @@ __all__ = [
     "knows_opset",
     "load",
     "load_faults",
+    "plugin_digest",
     "rebuild_command",
     "require",
     "target_capabilities",

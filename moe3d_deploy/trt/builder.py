@@ -12,7 +12,8 @@ from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.trt import installed
 from moe3d_deploy.trt.features import BuildFlags, apply_flags, check_flags
 from moe3d_deploy.trt.installed import Capability
-from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, input_shapes, network_facts, parse
+from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, network_facts, parse, profile_shapes
+from moe3d_deploy.trt.plugin_library import PluginLibrary
 from moe3d_deploy.trt.timing import save_timing_cache, set_timing_cache
 from moe3d_deploy.trt.watch import Messages, Progress, Watch, one_line, reason
 
@@ -52,6 +53,8 @@ def build_engine(
     builder: str,
     compute_capabilities: Sequence[Capability] | None = None,
     flags: BuildFlags = _DEFAULTS,
+    plugin: PluginLibrary | None = None,
+    without_function: tuple[str, str] | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     log: Callable[[str], None] | None = None,
@@ -62,6 +65,8 @@ def build_engine(
     profiles               one or several, in the engine's order
     compute_capabilities   TensorRT-RTX: (major, minor) of each GPU to build for, default RTX_CAPABILITIES;
                            TensorRT builds for this machine's GPU and takes none
+    plugin                 registered before the model is parsed, for TensorRT only: engines.plugin_rules
+    without_function       name and domain of a function that the parser is not to see, so that it takes the plugin
     cancelled              asked after every step; True ends the build with EngineError
     log                    receives each message as it comes
 
@@ -85,11 +90,13 @@ def build_engine(
         try:
             started = time.perf_counter()
             watch.start(_PARSING, 1)
-            network = parse(trt, path)
+            if plugin:
+                plugin.register(trt)
+            network = parse(trt, path, without_function=without_function)
             watch.step(_PARSING, 0)
             parsed = time.perf_counter()
             facts = network_facts(trt, network[1])
-            shapes = [input_shapes(trt, network[1], profile, path.name) for profile in wanted]
+            shapes = [profile_shapes(trt, network[1], profile, path.name) for profile in wanted]
             config = _config(trt, builder, capabilities, shapes, watch, flags)
             with _PlanFile(Path(out_path)) as plan:
                 _serialize(trt, network, config, plan, watch, flags.timing_cache)
@@ -124,7 +131,7 @@ def _config(
     trt: Any,
     builder: str,
     capabilities: tuple[Capability, ...],
-    shapes: Sequence[tuple[tuple[int, ...], ...]],
+    shapes: Sequence[dict[str, tuple[tuple[int, ...], ...]]],
     watch: Watch,
     flags: BuildFlags,
 ) -> Callable[[Any, Any], Any]:
@@ -149,8 +156,12 @@ def _config(
         if flags.timing_cache is not None:
             set_timing_cache(config, Path(flags.timing_cache), installed.title(builder))
 
+    profiles = [Profile() for _ in shapes]
+    for profile, of_inputs in zip(profiles, shapes, strict=True):
+        for name, sizes in of_inputs.items():
+            profile.add(name, *sizes)
     options: dict[str, Any] = {
-        "profiles": [Profile().add("images", *sizes) for sizes in shapes],
+        "profiles": profiles,
         "progress_monitor": Monitor(),
     }
     if builder == "tensorrt-rtx":

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from moe3d_deploy.bundle import Bundle
@@ -17,6 +18,7 @@ from moe3d_deploy.manifest import EngineRecord, Profile
 from moe3d_deploy.trt import installed
 from moe3d_deploy.trt.features import RTX_TARGETS, RULES, version_of
 from moe3d_deploy.trt.installed import RTX_CAPABILITIES, Capability
+from moe3d_deploy.trt.plugin_library import PluginLibrary
 
 _OLDEST_COMPATIBLE_GPU: Capability = (8, 0)
 _JETSON: frozenset[Capability] = frozenset({(8, 7), (10, 1), (11, 0)})  # Orin and Thor: no hardware compatibility
@@ -25,11 +27,14 @@ _AXES = ("--batch", "--views", "--height", "--width")
 _NOT_FLAGS = ("timing_cache", "tf32", "strip_weights")
 
 
-def load_faults(record: EngineRecord, *, version: str | None, gpus: Sequence[Capability]) -> list[str]:
+def load_faults(
+    record: EngineRecord, *, version: str | None, gpus: Sequence[Capability], plugin: str | None = None
+) -> list[str]:
     """Everything in an engine's record that speaks against loading it; empty where nothing does.
 
     version   of the installed library of its builder; None where there is none to compare with
     gpus      compute capabilities of which one has to fit; empty where there is none to compare with
+    plugin    SHA-256 of the plugin library that is given, None for none
 
     A file's size and digest are not its record's: `checked_plan` checks them as well.
     """
@@ -38,9 +43,8 @@ def load_faults(record: EngineRecord, *, version: str | None, gpus: Sequence[Cap
     if version is not None and not loads_version(record, version):
         later = " for later ones" if is_version_compatible(record) else ""
         faults.append(f"built by {name} {record.builder_version}{later}, here is {version}")
-    if record.plugin is not None:
-        # An engine's plugin library is never part of a bundle, and no plugin is registered by this version.
-        faults.append("it needs a plugin library, and this version registers none")
+    if fault := _plugin_fault(record, plugin):
+        faults.append(fault)
     if _asked(record, "strip_weights"):
         faults.append("it has no weights (--strip-weights), and this version puts none in")
     if gpus and not any(runs_on(record, gpu) for gpu in gpus):
@@ -50,6 +54,28 @@ def load_faults(record: EngineRecord, *, version: str | None, gpus: Sequence[Cap
         here = ", ".join(_shown(gpu) for gpu in sorted(set(gpus)))
         faults.append(f"built for compute capability {built_for}, the GPUs here have {here}")
     return faults
+
+
+def plugin_digest(record: EngineRecord) -> str | None:
+    """SHA-256 of the plugin library that an engine needs; None for one that needs none, or does not say which."""
+    digest = (record.plugin or {}).get("sha256")
+    return digest if isinstance(digest, str) and digest else None
+
+
+def _plugin_fault(record: EngineRecord, given: str | None) -> str | None:
+    """An engine's plugin library is never part of a bundle: whoever loads it names the very library."""
+    if record.plugin is None:
+        return f"it needs no plugin library, and one is given (SHA-256 {given}): leave it out" if given else None
+    if record.builder == "tensorrt-rtx":
+        return "it needs a plugin library, and TensorRT-RTX takes none"
+    needed = plugin_digest(record)
+    if needed is None:
+        return "it needs a plugin library, and its record does not say which"
+    if given is None:
+        return f"it needs the plugin library of SHA-256 {needed}, and none is given: give it (docs/plugin.md)"
+    if given != needed:
+        return f"it was built with the plugin library of SHA-256 {needed}, the given one has {given}: give that one"
+    return None
 
 
 def loads_version(record: EngineRecord, version: str) -> bool:
@@ -84,17 +110,26 @@ def is_version_compatible(record: EngineRecord) -> bool:
     return record.builder == "tensorrt" and _asked(record, "version_compatible")
 
 
-def checked_plan(bundle: Bundle, record: EngineRecord, *, version: str | None, gpus: Sequence[Capability]) -> bytes:
+def checked_plan(
+    bundle: Bundle,
+    record: EngineRecord,
+    *,
+    version: str | None,
+    gpus: Sequence[Capability],
+    plugin: PluginLibrary | None = None,
+) -> bytes:
     """The bytes of an engine that nothing speaks against: the way from a bundle to a deserialiser.
 
     version, gpus   as of `load_faults`
+    plugin          the library that is given for it
 
-    Raises EngineError, in one line with the command that rebuilds the engine, for one of another version or GPU, or
-    that is missing or damaged; InputError for a record of another bundle.
+    Raises EngineError, in one line with the command that rebuilds the engine, for one of another version, GPU or plugin
+    library, or that is missing or damaged; InputError for a record of another bundle.
     """
     path, entry = bundle.engine_path(record), bundle.manifest.files[record.file]
-    command = rebuild_command(bundle.path, record, gpus)
-    if faults := load_faults(record, version=version, gpus=gpus):
+    command = rebuild_command(bundle.path, record, gpus, plugin=plugin.path if plugin else None)
+    digest = plugin.sha256 if plugin else None
+    if faults := load_faults(record, version=version, gpus=gpus, plugin=digest):
         raise EngineError(f"{path} cannot be used here: {'; '.join(faults)}; build it again: {command}")
     try:
         check_file(bundle.path, record.file, entry, digest=False)
@@ -108,19 +143,28 @@ def checked_plan(bundle: Bundle, record: EngineRecord, *, version: str | None, g
     return plan
 
 
-def rebuild_command(bundle: str | os.PathLike[str], record: EngineRecord, gpus: Sequence[Capability] = ()) -> str:
+def rebuild_command(
+    bundle: str | os.PathLike[str],
+    record: EngineRecord,
+    gpus: Sequence[Capability] = (),
+    *,
+    plugin: Path | None = None,
+) -> str:
     """The command that builds an engine of the same shapes and flags for `gpus`, or for what the record names.
 
     One of TensorRT-RTX keeps its GPUs and gets those of `gpus`; where it builds for none of these, it is TensorRT's.
+    An engine with a plugin is built with the library `plugin`, or with the file whose name the record has.
     """
     builder, targets = record.builder, set(_targets(record)).intersection(RTX_TARGETS)
     if builder == "tensorrt-rtx" and gpus:
         targets.update(set(gpus).intersection(RTX_TARGETS))
         builder = "tensorrt-rtx" if targets.intersection(gpus) else "tensorrt"
-    words = ["moe3d-export", os.fspath(bundle), "--builder", builder, *_shape_words(record.profiles)]
+    words = ["moe3d-export", os.fspath(bundle), "--builder", builder]
+    words += [*(("--part", record.part) if record.part else ()), *_shape_words(record.profiles)]
     if builder == "tensorrt-rtx" and targets not in (set(), set(RTX_CAPABILITIES)):
         words += ["--target", ",".join("sm{}{}".format(*pair) for pair in sorted(targets))]
-    return shlex.join([*words, *_flag_words(record, builder)])
+    words += [*_flag_words(record, builder), *_plugin_words(record, builder, plugin)]
+    return shlex.join([*words, *(word for name in accepted_findings(record) for word in ("--accept", name))])
 
 
 def _shape_words(profiles: Sequence[Profile]) -> Iterator[str]:
@@ -145,6 +189,21 @@ def _flag_words(record: EngineRecord, builder: str) -> Iterator[str]:
             yield from (rule.flag, str(value))
         elif value is True:
             yield rule.flag
+
+
+def _plugin_words(record: EngineRecord, builder: str, plugin: Path | None) -> Iterator[str]:
+    if record.plugin is not None and builder == "tensorrt":
+        named = record.plugin.get("library")
+        file = plugin or (named if isinstance(named, str) and named else "libmoe3d_plugin_trt*.so")
+        yield from ("--plugin", os.fspath(file))
+
+
+def accepted_findings(record: EngineRecord) -> dict[str, str]:
+    """What stands in an engine's audit because it was accepted: name -> text; a manifest says anything."""
+    findings = record.audit.get("findings")
+    rows = [row for row in findings if isinstance(row, dict)] if isinstance(findings, list) else []
+    pairs = ((row.get("name"), row.get("text")) for row in rows if row.get("accepted") is True)
+    return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
 
 
 def _size(count: int) -> str:

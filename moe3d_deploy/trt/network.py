@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe3d_deploy.errors import EngineError
+from moe3d_deploy.trt import onnx_functions
 
 _DTYPES = {"float": "fp32", "half": "fp16"}  # every other type keeps TensorRT's name in lower case: bf16, int64, ...
 
@@ -15,6 +16,8 @@ class ImageProfile(Protocol):
     """The smallest, typical and largest shape of the input `images`; engines.shapes.ShapeProfile is one."""
 
     def image_shapes(self, channels_last: bool = False) -> tuple[tuple[int, ...], ...]: ...
+
+    def symbol_sizes(self) -> tuple[dict[str, int], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ class NetworkFacts:
     functions: dict[str, int]
 
 
-def parse(trt: Any, path: Path) -> Any:
+def parse(trt: Any, path: Path, *, without_function: tuple[str, str] | None = None) -> Any:
     """(builder, network, parser) of a strongly typed network: TensorRT 10 by flag, 11 without one.
+
+    without_function   name and domain of a function that the parser is not to see; the file stays as it is
 
     Raises EngineError, or PolygraphyException for a model the parser refuses.
     """
@@ -47,10 +52,47 @@ def parse(trt: Any, path: Path) -> Any:
     has_flag = _has_typing_flag(trt)
     if not has_flag and trt.__name__ == "tensorrt" and int(trt.__version__.split(".")[0]) < 11:
         raise EngineError(f"TensorRT {trt.__version__} has no strongly typed networks; install 10.3 or newer")
-    network = network_from_onnx_path(str(path), strongly_typed=has_flag)
+    if without_function:
+        network = _parse_bytes(
+            trt, path, onnx_functions.without_function(path.read_bytes(), *without_function, str(path))
+        )
+    else:
+        network = network_from_onnx_path(str(path), strongly_typed=has_flag)
     if not _is_strongly_typed(trt, network[1]):
         raise EngineError(f"{path.name}: the network did not become strongly typed; types would not be the graph's")
     return network
+
+
+def _parse_bytes(trt: Any, path: Path, model: bytes) -> Any:
+    """As Polygraphy's network_from_onnx_path, for a model that stands in for the file: weights are beside `path`."""
+    from polygraphy.backend.trt import create_network, get_trt_logger
+    from polygraphy.backend.trt.util import check_onnx_parser_errors
+
+    builder, network = create_network(strongly_typed=_has_typing_flag(trt))
+    parser = trt.OnnxParser(network, get_trt_logger())
+    check_onnx_parser_errors(parser, parser.parse(model, str(path)))
+    return builder, network, parser
+
+
+def profile_shapes(trt: Any, network: Any, profile: ImageProfile, model: str) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The profile's three shapes of every input: of images, or of what a part of a split model takes.
+
+    The axes of such an input have the contract's symbols. Raises EngineError for a network that takes something else.
+    """
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    if not inputs or any(tensor.name == "images" for tensor in inputs):
+        return {"images": input_shapes(trt, network, profile, model)}
+    return {tensor.name: _bound_shapes(tensor, profile, model) for tensor in inputs}
+
+
+def _bound_shapes(tensor: Any, profile: ImageProfile, model: str) -> tuple[tuple[int, ...], ...]:
+    names = [tensor.get_dimension_name(axis) if size == -1 else size for axis, size in enumerate(tensor.shape)]
+    sizes = profile.symbol_sizes()
+    if unknown := [name for name in names if isinstance(name, str) and name not in sizes[0]]:
+        raise EngineError(
+            f"{model}: its input {tensor.name} has an axis {unknown[0]!r} of no known size; export it again"
+        )
+    return tuple(tuple(found[name] if isinstance(name, str) else name for name in names) for found in sizes)
 
 
 def input_shapes(trt: Any, network: Any, profile: ImageProfile, model: str) -> tuple[tuple[int, ...], ...]:

@@ -12,6 +12,7 @@ from moe3d_deploy.trt import installed
 from moe3d_deploy.trt.features import version_of
 from moe3d_deploy.trt.installed import Capability
 from moe3d_deploy.trt.load_checks import checked_plan, is_version_compatible, rebuild_command
+from moe3d_deploy.trt.plugin_library import PluginLibrary
 from moe3d_deploy.trt.watch import Messages, one_line, reason
 
 if TYPE_CHECKING:
@@ -25,10 +26,18 @@ class EngineRunner:
     An engine is code: load only what you trust.
     """
 
-    def __init__(self, plan_path: str | os.PathLike[str], *, builder: str, built_by: str | None = None) -> None:
+    def __init__(
+        self,
+        plan_path: str | os.PathLike[str],
+        *,
+        builder: str,
+        built_by: str | None = None,
+        plugin: Path | None = None,
+    ) -> None:
         """Load an engine that is in no bundle, such as one that was just built; `of_bundle` loads any other.
 
         built_by   its builder's version, where it is known: another one is refused before it is loaded
+        plugin     the plugin library that it needs, loaded before it; no record says here whether it is the right one
 
         Raises InputError, MissingExtraError or EngineError.
         """
@@ -39,25 +48,43 @@ class EngineRunner:
         version, name = installed.available()[builder], installed.title(builder)
         if built_by is not None and version_of(built_by) != version_of(version):
             raise EngineError(f"{path.name}: built by {name} {built_by}, here is {version}; build it again here")
-        self._load(path.name, path.read_bytes(), builder, again="build it again here")
+        library = _plugin_of(plugin, builder, version)
+        self._load(path.name, path.read_bytes(), builder, plugin=library, again="build it again here")
 
     @classmethod
-    def of_bundle(cls, bundle: Bundle, record: EngineRecord) -> "EngineRunner":
+    def of_bundle(cls, bundle: Bundle, record: EngineRecord, *, plugin: Path | None = None) -> "EngineRunner":
         """Load an engine of a bundle, once its file, version, GPU and plugin are found to be right (`load_checks`).
 
-        Raises MissingExtraError, or EngineError in one line; where another engine helps, with the command for it.
+        plugin   the library of an engine that needs one: the very file that it was built with, never from a bundle. It
+                 is loaded first, and stays in this process, which can have no other
+
+        Raises MissingExtraError, InputError for a file that is no such library, or EngineError in one line; where
+        another engine helps, with the command for it.
         """
         gpu = _first_gpu(record.file, record.builder)
         version = installed.available()[record.builder]
-        plan = checked_plan(bundle, record, version=version, gpus=[gpu])
+        library = _plugin_of(plugin, record.builder, version)
+        plan = checked_plan(bundle, record, version=version, gpus=[gpu], plugin=library)
         runner = cls.__new__(cls)
-        again = f"build it again: {rebuild_command(bundle.path, record, [gpu])}"
-        runner._load(record.file, plan, record.builder, again=again, host_code=is_version_compatible(record))
+        again = f"build it again: {rebuild_command(bundle.path, record, [gpu], plugin=plugin)}"
+        host_code = is_version_compatible(record)
+        runner._load(record.file, plan, record.builder, plugin=library, again=again, host_code=host_code)
         return runner
 
-    def _load(self, name: str, plan: bytes, builder: str, *, again: str, host_code: bool = False) -> None:
+    def _load(
+        self,
+        name: str,
+        plan: bytes,
+        builder: str,
+        *,
+        again: str,
+        plugin: PluginLibrary | None = None,
+        host_code: bool = False,
+    ) -> None:
         """Deserialise; `again` ends the error of an engine that fails, `host_code` allows it to bring its own."""
         trt = installed.load(builder)
+        if plugin:
+            plugin.register(trt)
         from polygraphy.backend.trt import TrtRunner, get_trt_logger
         from polygraphy.exception import PolygraphyException
 
@@ -95,6 +122,17 @@ class EngineRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _plugin_of(path: Path | None, builder: str, version: str) -> PluginLibrary | None:
+    """The library at `path`, looked at from outside. Raises InputError."""
+    if path is None:
+        return None
+    if builder != "tensorrt":
+        raise InputError(f"plugin library {path}: {installed.title(builder)} takes no plugins; leave it out")
+    library = PluginLibrary.of(path)
+    library.check_version(version)
+    return library
 
 
 def _first_gpu(name: str, builder: str) -> Capability:

@@ -42,6 +42,8 @@ extern "C" int moe3d_expert_mix(const moe3d_expert_mix_sizes* sizes, const moe3d
     });
 }
 
+extern "C" int moe3d_abi_version(void) { return MOE3D_ABI_VERSION; }
+
 extern "C" const char* moe3d_error_text(int status) {
     if (const char* const text = moe3d::status_text(status)) return text;
     return status >= MOE3D_ERROR_CUDA ? cudaGetErrorString(static_cast<cudaError_t>(status - MOE3D_ERROR_CUDA))

@@ -1,7 +1,8 @@
 // moe3d::ExpertMix as a TensorRT plugin: TensorRT's types translated to expert_mix_rules.h, the launch left to the C
 // entry. One source for TensorRT 10.3 to 11; a library serves the major version of the headers it was compiled with.
 //
-// Exports getCreators and setLoggerFinder, which TensorRT looks up in a plugin library, and uses no symbol of TensorRT.
+// Exports getCreators and setLoggerFinder, which TensorRT looks up in a plugin library, and a name that says which major
+// version it is for; uses no symbol of TensorRT.
 
 #include <NvInferRuntime.h>
 
@@ -267,5 +268,11 @@ extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& c
     count = 1;
     return creators;
 }
+
+// The name alone is read, from the file, before anything of the library runs: moe3d_deploy/trt/plugin_library.py.
+#define MOE3D_FOR_MAJOR(major) moe3d_plugin_for_tensorrt_##major
+#define MOE3D_FOR(major) MOE3D_FOR_MAJOR(major)
+extern "C" const int MOE3D_FOR(NV_TENSORRT_MAJOR);
+extern "C" const int MOE3D_FOR(NV_TENSORRT_MAJOR) = NV_TENSORRT_MAJOR;
 
 extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { moe3d::logger_finder = finder; }

@@ -20,6 +20,10 @@
 extern "C" {
 #endif
 
+/* Raised whenever a structure, an enumeration or the meaning of an argument changes: a caller compiled for one number
+ * must not call a library that answers another. */
+#define MOE3D_ABI_VERSION 1
+
 /* Type of the hidden map; everything else is float32. */
 enum moe3d_type { MOE3D_FLOAT32 = 0, MOE3D_FLOAT16 = 1, MOE3D_BFLOAT16 = 2 };
 
@@ -73,6 +77,9 @@ struct moe3d_expert_mix_tensors {
  * the CUDA runtime's error; everything is checked before anything is queued. */
 int moe3d_expert_mix(const struct moe3d_expert_mix_sizes* sizes, const struct moe3d_expert_mix_tensors* tensors,
                      void* stream);
+
+/* MOE3D_ABI_VERSION of the header that the library was compiled with. */
+int moe3d_abi_version(void);
 
 /* One line on a status: what is wrong and what was expected. Static text; never null. */
 const char* moe3d_error_text(int status);

@@ -1,0 +1,169 @@
+"""Which cases there are: every source in its backend, on every shape. Checked before anything is measured."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe3d_deploy import costs, planning
+from moe3d_deploy.benchmarks.bench.report import FAILED, Case, Predicted, Round, Shape
+from moe3d_deploy.bundle import Bundle, is_bundle
+from moe3d_deploy.config import ModelConfig
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.manifest import Preprocessing, ShapeRanges
+from moe3d_deploy.memory import activation_bytes
+from moe3d_deploy.runtime.session import Session
+
+_DEFAULT_SHAPES = 3  # of planning.usual_shapes: 1, 2 and 4 views
+_FORM = {"pytorch": "eager", "onnxruntime": "explicit"}  # of `memory`; ONNX Runtime fuses no attention on a CPU
+_OUTPUTS_OF_POINT_HEAD = ("point_map", "point_map_conf")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it can be run: of a bundle, a checkpoint or a preset.
+
+    config    with a point head only where a run computes it
+    weights   the config whose weights are loaded
+    options   of `Session.open`
+    """
+
+    source: str
+    name: str
+    kind: str
+    backend: str
+    precision: str
+    config: ModelConfig
+    weights: ModelConfig
+    preprocessing: Preprocessing
+    ranges: ShapeRanges
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def default_shapes(self) -> list[Shape]:
+        """1, 2 and 4 views at the model's usual size, or of a bundle those that it takes, or its smallest."""
+        usual = planning.usual_shapes(self.config)[:_DEFAULT_SHAPES]
+        axes = (self.ranges.batch, self.ranges.views, self.ranges.height, self.ranges.width)
+        return [shape for shape in usual if self.takes(shape)] or [tuple(axis.min for axis in axes)]  # type: ignore[list-item]
+
+    def takes(self, shape: Shape) -> bool:
+        axes = (self.ranges.batch, self.ranges.views, self.ranges.height, self.ranges.width)
+        return all(
+            axis.min <= size <= (size if axis.max is None else axis.max) and (size - axis.min) % axis.step == 0
+            for axis, size in zip(axes, shape, strict=True)
+        )
+
+    def check(self, shape: Shape) -> None:
+        """Raise InputError for a shape that the model or the bundle does not take."""
+        costs.check_shape(self.config, shape)
+        if not self.takes(shape):
+            raise InputError(
+                f"shape {'x'.join(map(str, shape))}: {self.kind} {self.source} does not take it; "
+                f"it takes {_ranges_text(self.ranges)}"
+            )
+
+
+def open_source(source: str, *, backends: Sequence[str], **options: Any) -> Source:
+    """What `source` is and the backend that it runs in; nothing large is read.
+
+    backends   allowed ones, empty for any
+    options    of `Session.open`: seed, allow_pickle, view_chunk, plugin; None for its own
+
+    Raises what `Session.open` raises, and InputError where none of `backends` runs the source.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    session = Session.open(source, load=False, **given)
+    backend = "onnxruntime" if is_bundle(source) else "pytorch"
+    if backends and backend not in backends:
+        remedy = (
+            "name its checkpoint or preset as well" if backend == "onnxruntime"
+            else f"make a bundle with: moe3d-export {source} -o bundle, and name it as well"
+        )  # fmt: skip
+        raise InputError(f"{source} runs in {backend}, which --backend leaves out; {remedy}, or leave --backend out")
+    config = session.config
+    if config is None:
+        raise InputError(f"{source} does not say its model's config, so its work is not known; export it again")
+    computed = any(name in _OUTPUTS_OF_POINT_HEAD for name in session.output_names)
+    run = dataclasses.replace(config, point_head=computed)
+    common = (run, run if is_bundle(source) else config, session.preprocessing, session.shapes)
+    kind, precision = "checkpoint" if Path(source).exists() else "preset", "fp32"
+    if is_bundle(source):
+        kind, precision = "bundle", Bundle.open(source, verify="sizes", engines=False).manifest.precision
+    return Source(source, session.name, kind, backend, precision, *common, given)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A case before it is measured."""
+
+    source: Source
+    shape: Shape
+
+    def case(
+        self, rounds: tuple[Round, ...] = (), *, status: str = FAILED, reason: str | None = None, findings: Any = ()
+    ) -> Case:
+        """The case with what was measured, and what the arithmetic says beside it."""
+        source, shape = self.source, self.shape
+        type_of = PrecisionPolicy(source.precision).type_of
+        work = costs.flops_by_type(source.config, shape, type_of)
+        if source.backend == "onnxruntime":  # which computes 16-bit graphs in float32 on a CPU
+            work = {"float32": sum(work.values())}
+        form = _FORM[source.backend]
+        in_memory = "fp32"  # of activations: both compute in float32
+        chunk = source.options.get("view_chunk") if source.backend == "pytorch" else None
+        return Case(
+            model=source.name,
+            kind=source.kind,
+            backend=source.backend,
+            precision=source.precision,
+            shape=shape,
+            work=work,
+            weight_bytes=costs.weight_bytes(source.config, type_of),
+            traffic_bytes=costs.traffic_bytes(source.config, shape, type_of),
+            predicted=Predicted(
+                form,
+                costs.weight_bytes(source.weights, type_of),
+                activation_bytes(source.config, shape, form=form, precision=in_memory, view_chunk=chunk),
+            ),
+            status=status,
+            reason=reason,
+            findings=tuple(findings),
+            rounds=rounds,
+        )
+
+
+def plan_cases(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Planned]:
+    """Every source on every shape; without shapes on its own usual ones. Raises InputError for one that does not fit,
+    and for two cases that would have the same name."""
+    planned = []
+    for source in sources:
+        for shape in dict.fromkeys(shapes or source.default_shapes()):
+            source.check(shape)
+            planned.append(Planned(source, shape))
+    labels: dict[str, str] = {}
+    for item in planned:
+        label = item.case(reason="not measured").label
+        if label in labels:
+            raise InputError(
+                f"{labels[label]} and {item.source.source} are both {label}: a report cannot tell them apart; "
+                "measure one after the other and see moe3d bench --compare"
+            )
+        labels[label] = item.source.source
+    return planned
+
+
+def views_shapes(sources: Sequence[Source], views: Sequence[int]) -> list[Shape]:
+    """One scene of each number of views at the first source's usual size."""
+    _, _, height, width = planning.usual_shapes(sources[0].config)[0]
+    return [(1, count, height, width) for count in views]
+
+
+def _ranges_text(ranges: ShapeRanges) -> str:
+    texts = []
+    for name in ("batch", "views", "height", "width"):
+        axis = getattr(ranges, name)
+        upwards = "and more" if axis.max is None else f"to {axis.max}"
+        steps = f" in steps of {axis.step}" if axis.step > 1 else ""
+        texts.append(f"{name} {axis.min}" if axis.min == axis.max else f"{name} {axis.min} {upwards}{steps}")
+    return ", ".join(texts)

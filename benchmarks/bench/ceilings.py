@@ -1,0 +1,123 @@
+"""What memory and arithmetic reach on this machine in the library that runs the model: the fastest of many runs.
+
+A model spends its time in products, convolutions and copies of that library, so none of its figures can be above them
+but for a mistake of the measurement. The fastest run counts, and small sizes are among those tried: something else that
+has the processor now and then does not lower a ceiling.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe3d_deploy.benchmarks.bench.report import Ceilings, Rates
+from moe3d_deploy.benchmarks.timing import Effort, Timer, collect
+from moe3d_deploy.runtime.packages import load_package
+
+_COPY_BYTES = 128 << 20  # beyond the cache of a current processor
+_CPU_SIDES = (512, 2048)
+_GPU_SIDES = (4096, 8192)
+_CPU_MAPS = ((64, 128), (256, 64))  # channels, side of the map: of a 3x3 convolution
+_GPU_MAPS = ((256, 256), (512, 256))
+_EFFORT = Effort(min_runs=3, max_runs=50, budget_ms=300, warmup_budget_ms=100)
+
+
+def best(first: Ceilings, second: Ceilings) -> Ceilings:
+    """The larger of every figure. Both have the same types."""
+    rates = {}
+    for kind, a in first.flops_per_second.items():
+        b = second.flops_per_second[kind]
+        rates[kind] = Rates(max(a.matmul, b.matmul), max(a.convolution, b.convolution))
+    return Ceilings(max(first.copy_bytes_per_second, second.copy_bytes_per_second), rates)
+
+
+def torch_ceilings(device: str, *, effort: Effort = _EFFORT) -> Ceilings:
+    """Of PyTorch in float32, by its settings in this process, on "cpu" or "cuda"."""
+    torch = load_package("torch")
+    from moe3d_deploy.benchmarks import torch_device
+
+    def timer(call: Callable[[], Any]) -> Timer:
+        return torch_device.timer(call, torch.device(device))
+
+    def matmul(side: int) -> float:
+        a, b = (torch.rand(side, side, device=device) for _ in range(2))
+        return 2 * side**3 / _fastest(timer(lambda: torch.matmul(a, b)), effort)
+
+    def convolution(size: tuple[int, int]) -> float:
+        channels, side = size
+        image = torch.rand(1, channels, side, side, device=device)
+        weight = torch.rand(channels, channels, 3, 3, device=device)
+        seconds = _fastest(timer(lambda: torch.conv2d(image, weight, padding=1)), effort)
+        return _convolution_flops(size) / seconds
+
+    source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    with torch.inference_mode():
+        copied = 2 * _COPY_BYTES / _fastest(timer(lambda: target.copy_(source)), effort)
+        sides, maps = (_GPU_SIDES, _GPU_MAPS) if device == "cuda" else (_CPU_SIDES, _CPU_MAPS)
+        rates = Rates(max(map(matmul, sides)), max(map(convolution, maps)))
+    return Ceilings(copied, {"float32": rates})
+
+
+def onnxruntime_ceilings(threads: int, *, effort: Effort = _EFFORT) -> Ceilings:
+    """Of ONNX Runtime in float32, which is what it computes 16-bit graphs in too, on the CPU with `threads` threads.
+
+    Every model has one node. The copy is a negation: a node that only copies may be left out.
+    """
+    random = np.random.default_rng(0)
+
+    def matmul(side: int) -> float:
+        a, b = random.random((2, side, side), np.float32)
+        return 2 * side**3 / _fastest(_node("MatMul", (a, b), a.shape, threads), effort)
+
+    def convolution(size: tuple[int, int]) -> float:
+        channels, side = size
+        image = random.random((1, channels, side, side), np.float32)
+        weight = random.random((channels, channels, 3, 3), np.float32)
+        seconds = _fastest(_node("Conv", (image, weight), image.shape, threads, pads=[1] * 4), effort)
+        return _convolution_flops(size) / seconds
+
+    values = np.ones(_COPY_BYTES // 4, np.float32)
+    copied = 2 * _COPY_BYTES / _fastest(_node("Neg", (values,), values.shape, threads), effort)
+    rates = Rates(max(map(matmul, _CPU_SIDES)), max(map(convolution, _CPU_MAPS)))
+    return Ceilings(copied, {"float32": rates})
+
+
+def _convolution_flops(size: tuple[int, int]) -> int:
+    channels, side = size
+    return 2 * 9 * channels**2 * side**2
+
+
+def _fastest(timer: Timer, effort: Effort) -> float:
+    """Seconds of the fastest run."""
+    return min(collect(timer, effort=effort).times_ms) / 1e3
+
+
+def _node(operator: str, inputs: Sequence[np.ndarray], shape: Sequence[int], threads: int, **attributes: Any) -> Timer:
+    """A timer of one node in ONNX Runtime, from and to memory that is already there. The last of two inputs is stored
+    in the file, as weights are."""
+    onnx, ort = load_package("onnx"), load_package("onnxruntime")
+    names = ["x", "w"][: len(inputs)]
+    info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, names, ["y"], **attributes)],
+        operator,
+        [info("x", kind, inputs[0].shape)],
+        [info("y", kind, shape)],
+        [onnx.numpy_helper.from_array(value, name) for name, value in zip(names[1:], inputs[1:], strict=True)],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(inputs[0]))
+    binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32)))
+
+    def run() -> float:
+        started = time.perf_counter()
+        session.run_with_iobinding(binding)
+        return 1e3 * (time.perf_counter() - started)
+
+    return run
