@@ -4,7 +4,7 @@ A timer is a function without arguments that runs the call once and returns its 
 knows what is timed or by which clock.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ _WINDOW = 3  # runs whose median is compared with that of the runs before them
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure; a budget is of the measured time itself and never cuts below the smallest number of runs.
+    """How long to measure; `budget_ms` is of the measured time itself and never cuts below the smallest number of runs.
 
-    stable_within   warm-up ends when the medians of two neighbouring windows differ by no more than this share
+    stable_within       warm-up ends when the medians of two neighbouring windows differ by no more than this share
+    warmup_budget_ms    or, unstable, with the run that uses this up: of a call that takes long, the first
     """
 
     min_runs: int = 10
@@ -27,6 +28,14 @@ class Effort:
     budget_ms: float = 5_000.0
     warmup_budget_ms: float = 10_000.0
     stable_within: float = 0.02
+
+
+class Series(NamedTuple):
+    """Every run's milliseconds in the order they were taken, without the warm-up; for `stable` see Timing."""
+
+    times_ms: tuple[float, ...]
+    warmup_runs: int
+    stable: bool
 
 
 class Timing(NamedTuple):
@@ -52,12 +61,46 @@ class Ratio(NamedTuple):
 
 def measure(timer: Timer, *, effort: Effort | None = None) -> Timing:
     """Warm up, then run until the budget or `max_runs` is used up."""
+    return _timing(*collect(timer, effort=effort))
+
+
+def collect(timer: Timer, *, effort: Effort | None = None) -> Series:
+    """The runs of `measure` one by one."""
     effort = effort or Effort()
     warmup_runs, stable = warm_up(timer, effort)
     times: list[float] = []
     while len(times) < effort.min_runs or (len(times) < effort.max_runs and sum(times) < effort.budget_ms):
         times.append(timer())
-    return _timing(times, warmup_runs, stable)
+    return Series(tuple(times), warmup_runs, stable)
+
+
+def collect_parts(
+    run: Callable[[], Mapping[str, float]], *, whole: str, effort: Effort | None = None
+) -> dict[str, Series]:
+    """`collect` of a call that times its own parts: `run` returns milliseconds by name, among them those of `whole`.
+
+    Warm-up and budget go by `whole`. Every series has an entry of every run.
+    """
+    passes: list[Mapping[str, float]] = []
+
+    def timer() -> float:
+        passes.append(run())
+        return passes[-1][whole]
+
+    series = collect(timer, effort=effort)
+    kept = passes[series.warmup_runs :]
+    return {name: series._replace(times_ms=tuple(parts[name] for parts in kept)) for name in kept[0]}
+
+
+def percentiles(times_ms: Sequence[float]) -> dict[str, float]:
+    """ "p50", "p90" and "p99" of runs, by linear interpolation. Of fewer than a hundred, p99 is near the slowest."""
+    values = np.percentile(times_ms, (50, 90, 99))
+    return {name: float(value) for name, value in zip(("p50", "p90", "p99"), values, strict=True)}
+
+
+def per_second(items: int, times_ms: Sequence[float]) -> float:
+    """Throughput of runs one after the other, each of `items` scenes or views: all of them over all of the time."""
+    return 1e3 * items * len(times_ms) / sum(times_ms)
 
 
 def interleave(first: Timer, second: Timer, *, effort: Effort | None = None) -> Ratio:
@@ -84,10 +127,10 @@ def warm_up(timer: Timer, effort: Effort) -> tuple[int, bool]:
             before, now = np.median(times[-2 * _WINDOW : -_WINDOW]), np.median(times[-_WINDOW:])
             if abs(now - before) <= effort.stable_within * before:
                 return len(times), True
-            if sum(times) >= effort.warmup_budget_ms:
-                return len(times), False
+        if sum(times) >= effort.warmup_budget_ms:
+            return len(times), False
 
 
-def _timing(times: list[float], warmup_runs: int, stable: bool) -> Timing:
+def _timing(times: Sequence[float], warmup_runs: int, stable: bool) -> Timing:
     p10, median, p90 = (float(value) for value in np.percentile(times, (10, 50, 90)))
     return Timing(median, p10, p90, len(times), warmup_runs, stable)

@@ -14,6 +14,7 @@ EXTRA_OF = {
     "tensorrt": "trt",
     "tensorrt_rtx": "rtx",
     "rerun": "viz",
+    "matplotlib": "bench",
     "scipy": "train",
     "skimage": "train",
     "tensorboard": "train",

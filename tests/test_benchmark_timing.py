@@ -5,7 +5,17 @@ from itertools import chain, cycle, repeat
 
 import pytest
 
-from moe3d_deploy.benchmarks.timing import Effort, Timer, interleave, measure, warm_up
+from moe3d_deploy.benchmarks.timing import (
+    Effort,
+    Timer,
+    collect,
+    collect_parts,
+    interleave,
+    measure,
+    per_second,
+    percentiles,
+    warm_up,
+)
 
 
 def timer(times: Iterator[float]) -> Timer:
@@ -68,3 +78,32 @@ def test_interleaved_calls_take_turns() -> None:
 
     interleave(named("a"), named("b"), effort=Effort(min_runs=3, max_runs=3))
     assert "".join(order) == "aaaaaa" + "bbbbbb" + "ababab"
+
+
+def test_a_call_that_takes_long_is_warm_when_its_budget_is_used() -> None:
+    """20 s a run and a budget of 10: one run, not the two windows of three."""
+    assert warm_up(timer(repeat(20_000.0)), Effort(warmup_budget_ms=10_000)) == (1, False)
+
+
+def test_every_run_is_kept_in_its_order_without_the_warm_up() -> None:
+    series = collect(timer(chain(repeat(5.0, 6), [3.0, 1.0, 2.0])), effort=Effort(min_runs=3, max_runs=3))
+    assert series == ((3.0, 1.0, 2.0), 6, True)
+
+
+def test_parts_are_kept_run_by_run_and_warm_up_goes_by_the_whole() -> None:
+    """The whole settles at once, the part never does."""
+    parts = iter([{"part": float(i), "whole": 10.0} for i in range(9)])
+    found = collect_parts(lambda: next(parts), whole="whole", effort=Effort(min_runs=3, max_runs=3))
+    assert found["part"] == ((6.0, 7.0, 8.0), 6, True)
+    assert found["whole"] == ((10.0, 10.0, 10.0), 6, True)
+
+
+def test_percentiles_lie_between_runs() -> None:
+    """Of 1..101: the 51st, the 91st and the 100th; of 10 and 20, half way, 9/10 and 99/100 of the way."""
+    assert percentiles([float(i) for i in range(101, 0, -1)]) == {"p50": 51.0, "p90": 91.0, "p99": 100.0}
+    assert percentiles([10.0, 20.0]) == pytest.approx({"p50": 15.0, "p90": 19.0, "p99": 19.9})
+
+
+def test_throughput_counts_slow_runs_for_what_they_take() -> None:
+    """Eight views in each of three runs that take a second in all."""
+    assert per_second(8, [100.0, 100.0, 800.0]) == pytest.approx(24.0)

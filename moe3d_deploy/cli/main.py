@@ -60,6 +60,10 @@ COMMANDS: dict[str, Entry] = {
         "moe3d_deploy.cli.train:train_command",
         "Train the expert head of a checkpoint, or a whole model",
     ),
+    "bench": Entry(
+        "moe3d_deploy.cli.bench:bench_command",
+        "Measure latency and memory of bundles, checkpoints and presets on this machine",
+    ),
     "plan": Entry(
         "moe3d_deploy.cli.plan:plan_command",
         "Say what SOURCE, a preset, checkpoint folder or bundle, will cost",

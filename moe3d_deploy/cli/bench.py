@@ -1,0 +1,245 @@
+"""`moe3d bench`: latency, memory and ceilings of models on this machine; reports, and comparisons of them."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe3d_deploy.cli.arguments import comma_list, given_flags
+from moe3d_deploy.cli.plan import parse_shapes
+from moe3d_deploy.cli.progress import Progress
+from moe3d_deploy.errors import InputError
+from moe3d_deploy.export.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from moe3d_deploy.benchmarks.bench.cases import Planned
+    from moe3d_deploy.benchmarks.bench.report import Report
+    from moe3d_deploy.benchmarks.bench.run import Options
+
+_OF_MEASURING = (
+    "shapes", "views", "backends", "threads", "runs", "budget", "processes", "seed", "view_chunk", "plugin",
+    "allow_pickle",
+)  # fmt: skip
+
+
+@click.command("bench", short_help="Measure latency and memory of bundles, checkpoints and presets on this machine")
+@click.argument("sources", metavar="[SOURCE...]", nargs=-1)
+@click.option("--shapes", multiple=True, metavar="BxSxHxW,...", help="Images of a run; may be repeated.")
+@click.option(
+    "--views", metavar="S,...",
+    help="Instead: one scene of so many views, at the first source's usual size.  [default: 1,2,4]",
+)  # fmt: skip
+@click.option(
+    "--backend", "backends", multiple=True, type=click.Choice(["pytorch", "onnxruntime"]),
+    help="Refuse sources that run in another one; may be repeated.  [default: each source's own]",
+)  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="Of the backends on the CPU.  [default: their own]")
+@click.option("--runs", type=click.IntRange(min=1), default=12, show_default=True, help="Of a case, at the least.")
+@click.option(
+    "--budget", type=click.FloatRange(min=0), default=15.0, show_default=True,
+    help="Seconds that the runs of a case may take, once there are --runs; its warm-ups take up to half as long.",
+)  # fmt: skip
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=3, show_default=True,
+    help="Among which a case's runs are shared; every one loads the model. --compare needs two or more.",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Write report.json, .md, .html, plots.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report, or the comparison, as one JSON object.")
+@click.option(
+    "--report", "given", type=click.Path(path_type=Path), metavar="FILE",
+    help="Measure nothing: write all files of this report.json to --out again.",
+)  # fmt: skip
+@click.option(
+    "--compare", nargs=2, type=click.Path(path_type=Path), metavar="A B",
+    help="Measure nothing: what changed from report A to report B beyond noise.",
+)  # fmt: skip
+@click.option(
+    "--bisect", "bisected", type=click.Choice(PRECISIONS[1:]),
+    help="Time nothing: where the checkpoint in this precision leaves float32, and what has to stay float32.",
+)  # fmt: skip
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0, min_open=True),
+    help="With --bisect: how far a block's output may be off, as a share of its largest value.  [default: 0.01]",
+)  # fmt: skip
+@click.option("--anyway", is_flag=True, help="With --compare: also of other machines or versions.")
+@click.option("--seed", type=click.IntRange(min=0), help="PyTorch presets only: seeded random weights.")
+@click.option(
+    "--view-chunk", type=click.IntRange(min=1),
+    help="PyTorch, and bundles of --split: views that the dense heads, or the encoder, take at a time.",
+)  # fmt: skip
+@click.option("--plugin", metavar="PATH|none", help="PyTorch on a GPU: the expert-mix kernel's library, or none.")
+@click.option("--allow-pickle", is_flag=True, help="PyTorch only: read a .pt checkpoint (weights only).")
+def bench_command(
+    sources: tuple[str, ...],
+    shapes: tuple[str, ...],
+    views: str | None,
+    backends: tuple[str, ...],
+    threads: int | None,
+    runs: int,
+    budget: float,
+    processes: int,
+    out: Path | None,
+    as_json: bool,
+    given: Path | None,
+    compare: tuple[Path, Path] | None,
+    bisected: str | None,
+    tolerance: float | None,
+    anyway: bool,
+    seed: int | None,
+    view_chunk: int | None,
+    plugin: str | None,
+    allow_pickle: bool,
+) -> None:
+    """Measure every SOURCE, a bundle (in ONNX Runtime), checkpoint or preset (in PyTorch).
+
+    Each case is measured in processes of its own, on new random images in every run, beside what memory and
+    arithmetic reach on this machine. A time that this machine cannot reach ends the command with exit code 1.
+
+    \b
+    moe3d bench bundle --out report
+    moe3d bench bundle moe3d-tiny --shapes 1x1x196x252 --shapes 1x4x196x252 --out report
+    moe3d bench --compare before/report.json after/report.json
+    moe3d bench my-moe3d --bisect fp16
+    """
+    if compare:
+        _require_alone("--compare", sources, "report" if given else "", out=out)
+        _compare(*compare, anyway, as_json)
+        return
+    if bisected:
+        _bisect(sources, bisected, shapes, tolerance=tolerance, seed=seed, allow_pickle=allow_pickle, as_json=as_json)
+        return
+    if tolerance is not None:
+        raise InputError("--tolerance is for --bisect; leave it out")
+    if anyway:
+        raise InputError("--anyway is for --compare; leave it out")
+    if given:
+        _require_alone("--report", sources)
+        _rewrite(given, out)
+        return
+    from moe3d_deploy.benchmarks.bench.run import Options
+
+    planned = _plan(
+        sources, backends, shapes, views,
+        {"seed": seed, "view_chunk": view_chunk, "plugin": plugin, "allow_pickle": allow_pickle},
+    )  # fmt: skip
+    report = _measure(planned, Options(runs, budget, processes, threads=threads), out)
+    _print(report, as_json)
+    if out:
+        click.echo(f"written to {out}", err=True)
+    if any(case.status != "measured" for case in report.cases):
+        click.get_current_context().exit(1)
+
+
+def _require_alone(flag: str, sources: tuple[str, ...], other: str = "", out: Path | None = None) -> None:
+    """Raise InputError where an option that measures nothing stands beside something to measure."""
+    others = [f"--{other}"] * bool(other) + ["--out"] * (out is not None)
+    if given := [*sources[:1], *given_flags(*_OF_MEASURING), *others]:
+        raise InputError(f"{flag} measures nothing and has no use for {given[0]}; leave one of them out")
+
+
+def _bisect(sources: tuple[str, ...], precision: str, shapes: tuple[str, ...], **options: Any) -> None:
+    from moe3d_deploy.cli.bench_bisect import bisect
+
+    unused = given_flags(
+        *(name for name in _OF_MEASURING if name not in ("shapes", "seed", "allow_pickle")), "given", "out"
+    )
+    if unused:
+        raise InputError(f"--bisect has no use for {unused[0]}; leave it out")
+    if not bisect(sources, precision, shapes, **options):
+        click.get_current_context().exit(1)
+
+
+def _compare(first: Path, second: Path, anyway: bool, as_json: bool) -> None:
+    from moe3d_deploy.benchmarks.bench import compare
+    from moe3d_deploy.benchmarks.bench.report import Report
+
+    found = compare.compare(Report.load(first), Report.load(second), anyway=anyway)
+    if as_json:
+        click.echo(json.dumps(compare.as_json(found), indent=2))
+    else:
+        click.echo("\n".join(compare.lines(found)))
+
+
+def _rewrite(file: Path, out: Path | None) -> None:
+    from moe3d_deploy.benchmarks.bench.folder import require_plots, write_report
+    from moe3d_deploy.benchmarks.bench.report import Report
+
+    if out is None:
+        raise InputError("--report writes files of a report: say where with --out FOLDER")
+    require_plots()
+    paths = write_report(Report.load(file), out)
+    click.echo(f"{len(paths)} files in {out}: {', '.join(path.name for path in paths)}")
+
+
+def _plan(
+    sources: tuple[str, ...],
+    backends: tuple[str, ...],
+    shapes: tuple[str, ...],
+    views: str | None,
+    options: dict[str, Any],
+) -> "list[Planned]":
+    from moe3d_deploy.benchmarks.bench.cases import open_source, plan_cases, views_shapes
+    from moe3d_deploy.bundle import is_bundle
+
+    if not sources:
+        raise InputError("nothing to measure; name a bundle, a checkpoint or a preset, such as moe3d-tiny")
+    if shapes and views is not None:
+        raise InputError("--views and --shapes both say what is run; leave one of them out")
+    asked = [shape for text in shapes for shape in parse_shapes(text)]
+    counts = _counts(views) if views is not None else []
+    # With sources of both kinds, what is for PyTorch goes to those that run in it; a bundle alone refuses it.
+    in_pytorch = [source for source in sources if not is_bundle(source)]
+    of_bundles = {"view_chunk": options["view_chunk"]} if in_pytorch else options
+    opened = [
+        open_source(source, backends=backends, **(options if source in in_pytorch else of_bundles))
+        for source in sources
+    ]
+    return plan_cases(opened, asked or (views_shapes(opened, counts) if counts else []))
+
+
+def _counts(text: str) -> list[int]:
+    counts = comma_list(text)
+    if not counts or not all(re.fullmatch("[1-9][0-9]{0,4}", count) for count in counts):
+        raise InputError(f"--views {text!r}: expected numbers of views, such as 1,2,4")
+    return [int(count) for count in counts]
+
+
+def _measure(planned: "list[Planned]", options: "Options", out: Path | None) -> "Report":
+    """Measure; with `out`, everything finished is written there however this ends."""
+    from moe3d_deploy.benchmarks.bench.folder import require_plots, write_data, write_report
+    from moe3d_deploy.benchmarks.bench.run import run_cases
+    from moe3d_deploy.benchmarks.environment import environment
+
+    if out:
+        require_plots()
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before it takes minutes
+    progress, total, done = Progress(), len(planned) * options.processes, 0
+    latest: list[Report] = []
+
+    def keep(report: "Report") -> None:
+        nonlocal done
+        done = sum(len(case.rounds) for case in report.cases)
+        latest[:] = [report]
+        if out:
+            write_data(report, out)
+
+    def tell(label: str, text: str) -> None:
+        progress.report("bench", done, total, f"{label}: {text}")
+
+    try:
+        return run_cases(planned, options, environment=environment(), keep=keep, tell=tell)
+    finally:
+        if out and latest:
+            write_report(latest[0], out)
+
+
+def _print(report: "Report", as_json: bool) -> None:
+    from moe3d_deploy.benchmarks.bench.folder import all_tables
+
+    if as_json:
+        click.echo(report.to_json().decode(), nl=False)
+        return
+    for table in all_tables(report):
+        click.echo(f"{table.title}\n{table.plain()}\n")
