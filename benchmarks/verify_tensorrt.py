@@ -20,6 +20,7 @@ from moe3d_deploy.benchmarks.checks import PASSED
 from moe3d_deploy.benchmarks.checks_tensorrt import BUILDER, VARIABLE
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.benchmarks.gpu_checks import CHECKS, run_checks, table
+from moe3d_deploy.cli.main import finish
 from moe3d_deploy.errors import EXTRA_OF, EngineError, Moe3dError, first_line
 from moe3d_deploy.native.build import find_nvcc, run_compiler
 
@@ -120,17 +121,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process) and return its exit code."""
-    try:
-        return command.main(arguments, prog_name="verify_tensorrt", standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        return _end("interrupted", 130)  # 128 + SIGINT, as shells have it
-    except Moe3dError as error:
-        return _end(str(error), error.exit_code)
-    except OSError as error:
-        return _end(f"{error.filename}: {error.strerror}", 1)
+    return finish("verify_tensorrt", lambda: command, arguments)
 
 
 def _version(program: str) -> str:
@@ -142,11 +133,6 @@ def _version(program: str) -> str:
     return next(
         (line.strip() for line in lines if any(part[:1].isdigit() and "." in part for part in line.split())), "?"
     )
-
-
-def _end(message: str, code: int) -> int:
-    click.echo(f"verify_tensorrt: {message}", err=True)
-    return code
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from moe3d_deploy.engines.attention_memory import attention_of_profiles
 from moe3d_deploy.engines.planned import has_point_head
 from moe3d_deploy.engines.plugin_rules import must_remove_function, parser_takes
 from moe3d_deploy.errors import EngineError, InputError
-from moe3d_deploy.manifest import Manifest, Profile
+from moe3d_deploy.manifest import WITH_HEADS, Manifest, Profile
 from moe3d_deploy.trt import NetworkFacts, title
 
 FINDINGS = {
@@ -87,7 +87,7 @@ def expected(manifest: Manifest, part: str | None = None) -> Expected:
         known = ", ".join(_TYPES)
         raise EngineError(f"{manifest.name}: no audit knows precision {precision!r}; export with one of {known}")
     encodes, aggregates = part in (None, "encoder", "aggregator"), part in (None, "decoder", "aggregator")
-    has_heads = part in (None, "decoder", "heads")
+    has_heads = part in WITH_HEADS
     blocks = config.vit.depth * encodes + 2 * config.aggregator.depth * aggregates  # the aggregator's come in pairs
     wide, last = _branches(manifest) if has_heads else (0, 0)
     dense = (1 + has_point_head(manifest)) * _CONVOLUTIONS_OF_A_HEAD * has_heads + wide

@@ -7,7 +7,7 @@ grows with the rounding, so bf16's limits are 8 times fp16's. They are not loose
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -64,15 +64,18 @@ def _error(found: NDArray[Any], expected: NDArray[Any]) -> dict[str, float]:
     return {kind: float(value) for kind, value in values.items()}
 
 
-def require_within(label: str, found: Errors, limits: Limits, remedy: str) -> None:
-    """Raise ExportError, which ends with `remedy`, for the first output of `found` that leaves the limits."""
+def beyond(found: Errors, limits: Limits) -> Iterator[str]:
+    """Of every error of `found` that leaves the limits, a sentence that says by how much."""
     for name, error in found.items():
         for kind, bound in limits.errors.get(name, limits.errors["*"]).items():
             if not error[kind] <= bound:
-                raise ExportError(
-                    f"verification failed: {label}: {name} is off by {error[kind]:.2g} ({kind} relative), the limit "
-                    f"is {bound:g}; nothing was written. {remedy}"
-                )
+                yield f"{name} is off by {error[kind]:.2g} ({kind} relative), the limit is {bound:g}"
+
+
+def require_within(label: str, found: Errors, limits: Limits, remedy: str) -> None:
+    """Raise ExportError, which ends with `remedy`, for the first output of `found` that leaves the limits."""
+    if fault := next(beyond(found, limits), None):
+        raise ExportError(f"verification failed: {label}: {fault}; nothing was written. {remedy}")
 
 
 def require_headroom(shares: Mapping[str, float], bound: float, remedy: str) -> None:

@@ -69,7 +69,12 @@ def compute_capabilities() -> list[Capability]:
 
 def driver_version() -> str | None:
     """The driver's own version, such as "580.10.01", from nvidia-smi; None where that is missing or fails."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return nvidia_smi("driver_version")
+
+
+def nvidia_smi(*fields: str) -> str | None:
+    """The line nvidia-smi has of `fields` for the first GPU, by commas, without units; None where it is missing."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -27,6 +27,8 @@ SPLITS = {"heads": ("aggregator", "heads"), "encoder": ("encoder", "decoder")}
 """How a model is split: the roles of its parts, in the order they run."""
 PER_VIEW = ("encoder", "heads")
 """The roles whose graphs look at each view by itself: any views may be run together, and in any number."""
+WITH_HEADS = (None, "heads", "decoder")
+"""The roles whose graphs have the dense heads, and so the experts; None is a model in one file."""
 
 _NAME_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

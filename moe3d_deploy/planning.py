@@ -12,7 +12,7 @@ from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.costs import Shape4, TypeOf
 from moe3d_deploy.devices import CPU, Device
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.manifest import Range, ShapeRanges
+from moe3d_deploy.manifest import PER_VIEW, WITH_HEADS, Range, ShapeRanges
 
 MOST_VIEWS = 4096  # where a search for more views ends
 
@@ -209,13 +209,13 @@ def warnings_of(setup: Setup, shape: Shape4, part: str | None = None) -> Iterato
     if setup.form == "eager" or setup.on_cpu:
         return
     volume = _convolution_volume(setup, height, width)
-    if part in (None, "heads", "decoder") and batch * views * volume > _LARGEST_VOLUME:
+    if part in WITH_HEADS and batch * views * volume > _LARGEST_VOLUME:
         yield (
             f"a convolution has {batch * views * volume:,} values, more than the 2^31 - 1 that TensorRT documents; "
             f"{_LARGEST_VOLUME // volume} views in all stay below: verify such a run on the device"
         )
     tokens = costs.Sizes.of(setup.config, shape).tokens
-    if part in ("heads", "encoder"):
+    if part in PER_VIEW:
         return  # attention inside a view at most
     if setup.type_of(GLOBAL_ATTENTION) == "float16" and views * tokens > _HALF_MAX:
         yield (

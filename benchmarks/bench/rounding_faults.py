@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moe3d_deploy.errors import InputError, Moe3dError
-from moe3d_deploy.export.compare import Limits, errors
+from moe3d_deploy.export.compare import Limits, beyond, errors
 from moe3d_deploy.export.half import SixteenBitRun
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
@@ -26,7 +26,6 @@ _BLOCK = re.compile(
     r"|(?:depth|point)_head\.(?:(?:projects|resize_layers|experts)\.\d+|scratch\.output_conv2|scratch\.\w+|gate)"
 )
 OUTPUTS = ("depth", "depth_conf", "pose_enc")  # extrinsics and intrinsics are made of the last, in float32
-_ERROR_KIND = "max"
 
 
 @dataclass(frozen=True)
@@ -172,14 +171,8 @@ def _array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _error(block: str, found: NDArray[Any], expected: NDArray[Any]) -> BlockError:
-    return BlockError(block, errors({block: found}, {block: expected})[block][_ERROR_KIND])
+    return BlockError(block, errors({block: found}, {block: expected})[block]["max"])
 
 
 def _broken(found: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]], precision: str) -> list[str]:
-    limits = Limits.of(precision)
-    return [
-        f"{name} is off by {error[kind]:.2g} ({kind} relative), the limit is {bound:g}"
-        for name, error in errors(found, expected).items()
-        for kind, bound in limits.errors.get(name, limits.errors["*"]).items()
-        if not error[kind] <= bound
-    ]
+    return list(beyond(errors(found, expected), Limits.of(precision)))

@@ -5,9 +5,10 @@ The machine itself is `environment`'s subject.
 
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
+
+from moe3d_deploy.cuda_driver import nvidia_smi
 
 _SMI_FIELDS = {
     "clocks.sm": "sm_mhz",
@@ -16,7 +17,6 @@ _SMI_FIELDS = {
     "power.draw": "watts",
     "utilization.gpu": "busy_percent",
 }
-_SMI_SECONDS = 20
 
 
 def machine_state(root: Path = Path("/")) -> dict[str, Any]:
@@ -55,17 +55,13 @@ def _warmest(root: Path) -> float | None:
 
 
 def _gpu() -> dict[str, float | None] | None:
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits", "--id=0"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_smi(done.stdout) if done.returncode == 0 else None
+    line = nvidia_smi(*_SMI_FIELDS)
+    return parse_smi(line) if line else None
 
 
 def parse_smi(output: str) -> dict[str, float | None] | None:
-    """nvidia-smi's first line as numbers; it writes [N/A] for what a card does not tell."""
-    values = [value.strip() for value in output.strip().split("\n")[0].split(",")]
+    """nvidia-smi's line as numbers; it writes [N/A] for what a card does not tell."""
+    values = [value.strip() for value in output.split(",")]
     if len(values) != len(_SMI_FIELDS):
         return None
     names = _SMI_FIELDS.values()

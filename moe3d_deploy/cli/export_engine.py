@@ -32,7 +32,7 @@ from moe3d_deploy.engines.shapes import AXES, ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 from moe3d_deploy.export.contract import layout
 from moe3d_deploy.export.precision import PrecisionPolicy
-from moe3d_deploy.manifest import SPLITS, EngineRecord, Manifest, ShapeRanges
+from moe3d_deploy.manifest import SPLITS, WITH_HEADS, EngineRecord, Manifest, ShapeRanges
 from moe3d_deploy.trt import BuildFlags, Capability, PluginLibrary, accepted_findings
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -255,7 +255,7 @@ def build_engine(bundle: Bundle, request: EngineRequest, reporter: Reporter) -> 
                 profiles,
                 compute_capabilities=request.targets,
                 flags=request.flags,
-                plugin=request.plugin if part in (None, "heads", "decoder") else None,  # where the experts are
+                plugin=request.plugin if part in WITH_HEADS else None,  # where the experts are
                 accept=request.accept,
                 part=part,
                 cache=engine_cache(lambda line: reporter.line("cache", line)) if request.cached else None,
