@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ import torch
 from torch import nn
 
 from moe3d_deploy.errors import ExportError, InputError, first_line
+from moe3d_deploy.export import attention
 from moe3d_deploy.export.contract import ATTENTION_OPSET, MODEL_FILE, OPSET, output_names
 from moe3d_deploy.export.expert_mix import DOMAIN, NAME, SymbolicExpertMix, expert_mix_function
 from moe3d_deploy.export.modules import ExportModule, PartModule
 from moe3d_deploy.export.parts import model_inputs, model_outputs, parts_of
 from moe3d_deploy.export.static import StaticShape
+from moe3d_deploy.export.weights import turn_weights
 from moe3d_deploy.manifest import Tensor
 from moe3d_deploy.model import MoE3D
 from moe3d_deploy.model.moe3d import check_outputs
-from moe3d_deploy.model.transformer import explicit_attention, fused_attention, set_attention
+from moe3d_deploy.model.transformer import fused_attention, set_attention
 
 # The example the tracer sees. An axis of 1, or two equal ones, would be taken for constants.
 TRACED_SHAPE_IN_PATCHES = (2, 3, 4, 5)
@@ -59,7 +61,7 @@ def prepare(
     check_outputs(model.config, outputs)
     if "expert_depths" in outputs:
         raise InputError("output 'expert_depths' exists in PyTorch only; export expert_weights or depth_variance")
-    set_attention(model, explicit_attention)
+    set_attention(model, attention.operator_attention)
     if opset >= ATTENTION_OPSET:
         set_attention(model.aggregator, fused_attention)
     if model.config.moe is not None and merge:
@@ -174,12 +176,14 @@ def export_parts(
     opset: int = OPSET,
     input_type: str = "float32",
     static: StaticShape | None = None,
+    roles: Collection[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress = lambda phase: None,
 ) -> tuple[Path, ...]:
     """As `export_onnx`, in several files: `split` is one of SPLITS. Returns their paths, in the order they run.
 
-    Each has the weights that it uses itself. `progress` gets the phase and the part's role.
+    Each has the weights that it uses itself. `progress` gets the phase and the part's role. With `roles` only those
+    parts are written, and the model needs no more than they use.
     """
     prepare(model, merge=merge, outputs=outputs, opset=opset, input_type=input_type)
     config = model.config
@@ -187,6 +191,8 @@ def export_parts(
     written = parts_of(split, config, outputs, input_type, static or StaticShape())
     paths = []
     for free, part in zip(traced, written, strict=True):
+        if roles is not None and part.role not in roles:
+            continue
         path = folder / part.file
         notes = {
             **(metadata or {}),
@@ -233,10 +239,14 @@ def _export(
         raise ExportError("torch.onnx.export gave no program")
     graph_model = onnx_program.model
     progress("write")
+    used = {node.domain for node in graph_model.graph}
+    functions = [attention.attention_function(opset)] if attention.DOMAIN in used else []
     mix = module.model.depth_head.merged
-    if isinstance(mix, SymbolicExpertMix) and any(node.domain == DOMAIN for node in graph_model.graph):
-        function = ir.serde.deserialize_function(expert_mix_function(mix.shape, opset))
+    if isinstance(mix, SymbolicExpertMix) and DOMAIN in used:
+        functions.append(expert_mix_function(mix.shape, opset))
+    for function in map(ir.serde.deserialize_function, functions):
         graph_model.functions[function.identifier()] = function
+    turn_weights(graph_model.graph)
     _clean(graph_model)
     for values, tensors in ((graph_model.graph.inputs, inputs), (graph_model.graph.outputs, outputs)):
         for value, tensor in zip(values, tensors, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.child import Emit
 from moe3d_deploy.errors import ExportError
 from moe3d_deploy.export.compare import Errors, Limits, errors, require_headroom, require_within
@@ -113,6 +114,12 @@ def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the float32 twin of a file that ONNX Runtime has no kernels for, on every shape."""
     _execute(request, emit, open_twin(request), "twin")
     return {}
+
+
+def model_request(bundle: Bundle) -> dict[str, Any]:
+    """What a request says of a written bundle's model: `model` and `names`, as `open_model` takes them."""
+    parts = {role: str(path) for role, path in bundle.part_paths.items()}
+    return {"model": parts or str(bundle.model_path), "names": [output.name for output in bundle.manifest.outputs]}
 
 
 def open_model(request: dict[str, Any]) -> Any:

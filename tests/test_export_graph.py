@@ -18,10 +18,13 @@ from onnx import TensorProto
 from moe3d_deploy import __version__
 from moe3d_deploy.errors import ExportError, InputError
 from moe3d_deploy.export import graph
+from moe3d_deploy.export.attention import operator_attention
 from moe3d_deploy.export.contract import DEFAULT_OUTPUTS, OPTIONAL_OUTPUTS, OUTPUTS, output_names, output_shapes
 from moe3d_deploy.export.expert_mix import SymbolicExpertMix
 from moe3d_deploy.model.moe3d import OF_POINT_HEAD
-from moe3d_deploy.model.transformer import Attention, explicit_attention
+from moe3d_deploy.model.transformer import Attention
+from moe3d_deploy.runtime.onnx_operators import DOMAIN as ATTENTION_DOMAIN
+from moe3d_deploy.runtime.onnx_operators import NAME as ATTENTION
 
 
 def all_nodes(exported: Exported) -> Iterator[onnx.NodeProto]:
@@ -50,7 +53,7 @@ def mix_nodes(exported: Exported) -> list[onnx.NodeProto]:
 def test_the_file_is_opset_20_and_valid(file: str) -> None:
     exported = FILES[file]()
     imports = {entry.domain: entry.version for entry in exported.proto.opset_import}
-    assert imports == {"": 20} | ({"moe3d": 1} if mix_nodes(exported) else {})
+    assert imports == {"": 20, ATTENTION_DOMAIN: 1} | ({"moe3d": 1} if mix_nodes(exported) else {})
     onnx.checker.check_model(exported.path, full_check=True)
 
 
@@ -138,8 +141,8 @@ def test_the_expert_mix_is_one_node_with_the_attributes_a_plugin_needs(file: str
 @pytest.mark.parametrize("file", ["fp16 merged", "fp32 merged"])
 def test_the_function_is_in_the_file_with_its_names_prefixed_and_the_models_opset(file: str) -> None:
     exported = FILES[file]()
-    (function,) = exported.proto.functions
-    assert (function.domain, function.name) == ("moe3d", "ExpertMix")
+    (function,) = (function for function in exported.proto.functions if function.name == "ExpertMix")
+    assert function.domain == "moe3d"
     assert [(entry.domain, entry.version) for entry in function.opset_import] == [("", 20)]
     names = {
         *function.input,
@@ -155,8 +158,8 @@ def test_the_function_is_in_the_file_with_its_names_prefixed_and_the_models_opse
 def test_the_plain_form_has_neither_node_nor_function() -> None:
     exported = exports.unmerged()
     assert not mix_nodes(exported)
-    assert not exported.proto.functions
-    assert {node.domain for node in exported.proto.graph.node} == {""}
+    assert [function.name for function in exported.proto.functions] == [ATTENTION]
+    assert {node.domain for node in exported.proto.graph.node} == {"", ATTENTION_DOMAIN}
     assert any("experts.1.0.weight" in name for name in initializers(exported))
 
 
@@ -184,7 +187,7 @@ def test_the_node_hands_out_what_the_outputs_need(outputs: tuple[str, ...], weig
     assert (mix.shape.with_weights, mix.with_candidates) == (weights, candidates)
     attentions = [layer for layer in module.modules() if isinstance(layer, Attention)]
     assert attentions
-    assert all(layer.attend is explicit_attention for layer in attentions)
+    assert all(layer.attend is operator_attention for layer in attentions)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_tensorrt_can_read_every_operator(file: str) -> None:
     nodes = list(all_nodes(FILES[file]()))
     kinds = Counter(node.op_type for node in nodes)
     assert not {"If", "Loop", "Scan", "SequenceAt", "Attention", "NonZero"} & set(kinds)
-    assert {node.domain for node in nodes} <= {"", "moe3d"}
+    assert {node.domain for node in nodes} <= {"", "moe3d", ATTENTION_DOMAIN}
     resizes = [node for node in nodes if node.op_type == "Resize"]
     assert resizes
     for node in resizes:

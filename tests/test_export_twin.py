@@ -5,16 +5,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
 
-from moe3d_deploy.export import graph
 from moe3d_deploy.export.twin import float32_twin
-from moe3d_deploy.model.transformer import Attention, explicit_attention, fused_attention
 
 KINDS = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 WEIGHT = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
@@ -81,41 +76,6 @@ def test_the_twin_runs_and_computes_with_the_rounded_weights_in_float32(kind: st
     rounded = WEIGHT.astype(helper.tensor_dtype_to_np_dtype(KINDS[kind])).astype(np.float64)
     np.testing.assert_allclose(depth, images @ rounded, rtol=1e-5, atol=1e-5)  # 0.5 times 2
     assert np.abs(depth - images @ WEIGHT.astype(np.float64)).max() > 1e-4
-
-
-class OneAttention(nn.Module):
-    """Two heads of `width` channels over images (B, N, 2 width), all in bfloat16."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attention = Attention(2 * width, 2, qk_norm=False)
-        self.attention.qkv.weight.data *= 3  # a flat softmax would hide a wrong scale
-        self.attention.attend = explicit_attention
-        self.to(torch.bfloat16)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.attention(images, None).float()
-
-
-@pytest.mark.parametrize("width", [32, 64])
-def test_explicit_attention_stores_no_factor_that_16_bits_round(width: int, tmp_path: Path) -> None:
-    """64^(-1/4) in bfloat16 is off by 1e-4 and 32^(-1/4) by 1e-3, and every logit twice that: float32 noise is 1e-6."""
-    module = OneAttention(width).eval()
-    images = torch.randn(2, 9, 2 * width, generator=torch.Generator().manual_seed(1))
-    program = torch.export.export(module, (images,), strict=False)
-    with graph._quiet():
-        exported = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
-    assert exported is not None
-    ir.save(exported.model, tmp_path / "model.onnx")
-
-    session = ort.InferenceSession(float32_twin(tmp_path / "model.onnx", tmp_path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-
-    with torch.no_grad():
-        module.float().attention.attend = fused_attention
-        expected = module(images).numpy()
-    assert np.abs(found - expected).max() < 5e-6 * np.abs(expected).max()
 
 
 def test_onnxruntime_cannot_run_the_bf16_file_itself(tmp_path: Path) -> None:

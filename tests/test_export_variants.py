@@ -22,6 +22,7 @@ from moe3d_deploy.export.contract import DEFAULT_OUTPUTS, OPTIONAL_OUTPUTS
 from moe3d_deploy.export.pipeline import ExportOptions
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.manifest import Range
+from moe3d_deploy.runtime.onnx_operators import NAME as ATTENTION
 from moe3d_deploy.runtime.pixels import to_floats
 
 EVERY_OUTPUT = (*DEFAULT_OUTPUTS, *OPTIONAL_OUTPUTS)
@@ -96,7 +97,7 @@ def test_fixed_axes_have_one_value_and_free_ones_all() -> None:
         pytest.param(variants.operator, TensorProto.FLOAT16, marks=pytest.mark.full),
     ],
 )
-def test_attention_is_one_operator_in_encoder_and_aggregator_and_explicit_in_the_camera_head(
+def test_attention_is_onnxs_operator_in_encoder_and_aggregator_and_a_function_in_the_camera_head(
     of: Any, kind: int
 ) -> None:
     """The camera head is float32 in every precision, and in float32 TensorRT has no kernel of the whole."""
@@ -105,8 +106,8 @@ def test_attention_is_one_operator_in_encoder_and_aggregator_and_explicit_in_the
     attentions = [node for node in inferred.graph.node if node.op_type == "Attention"]
     assert len(attentions) == BLOCKS
     assert {types[name] for node in attentions for name in (*node.input, *node.output)} == {kind}
-    softmax = [node for node in inferred.graph.node if node.op_type == "Softmax"]
-    assert len(softmax) == MOE.camera_head.num_iterations * MOE.camera_head.trunk_depth
+    functions = [node for node in inferred.graph.node if node.op_type == ATTENTION]
+    assert len(functions) == MOE.camera_head.num_iterations * MOE.camera_head.trunk_depth
     assert not [node for node in proto_of(variants.pixels()).graph.node if node.op_type == "Attention"]
 
 

@@ -125,7 +125,7 @@ def test_the_logits_are_those_of_the_models_own_attention(checkpoint: Path) -> N
     seen: list[Tensor] = []
 
     def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append(q[:, 0] @ k[:, 0].transpose(1, 2) / math.sqrt(q.shape[-1]))
+        seen.append(q[:, :, 0] @ k[:, :, 0].transpose(1, 2) / math.sqrt(q.shape[-1]))
         return explicit_attention(q, k, v)
 
     model.aggregator.global_blocks[block].attn.attend = spy  # type: ignore[union-attr,assignment]

@@ -112,7 +112,7 @@ class Aggregator(nn.Module):
         length = specials + grid_h * grid_w
         head_dim = dim // config.num_heads
         in_view = rotary_table(grid_h, grid_w, specials, head_dim, config.rope_freq, self.camera_token)
-        in_scene = in_view.repeat(views)
+        in_view, in_scene = in_view.per_head(), in_view.repeat(views).per_head()
 
         kept: dict[int, Tensor] = {}
         for i, (frame_block, global_block) in enumerate(zip(self.frame_blocks, self.global_blocks, strict=True)):

@@ -16,7 +16,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RotaryTable(NamedTuple):
-    """What rotary embedding multiplies with: both (T, head_dim), float32."""
+    """What rotary embedding multiplies with: both (T, head_dim), or `per_head` (T, 1, head_dim), float32."""
 
     cos: Tensor
     signed_sin: Tensor
@@ -25,6 +25,10 @@ class RotaryTable(NamedTuple):
         """The table of `views` views laid end to end; views do not differ in position."""
         length, dim = self.cos.shape
         return RotaryTable(*(t.expand(views, length, dim).reshape(views * length, dim) for t in self))
+
+    def per_head(self) -> "RotaryTable":
+        """The table for tensors (..., T, heads, head_dim)."""
+        return RotaryTable(*(t[:, None] for t in self))
 
 
 def in_type_of(weight: Tensor, x: Tensor) -> Tensor:
@@ -77,15 +81,12 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x_BTC: Tensor, rotary: RotaryTable | None) -> Tensor:
-        batch, length, dim = x_BTC.shape
-        q, k, v = (
-            t.reshape(batch, length, self.num_heads, -1).transpose(1, 2) for t in self.qkv(x_BTC).chunk(3, dim=-1)
-        )
+        """rotary   a table `per_head`"""
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.qkv(x_BTC).chunk(3, dim=-1))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        out = self.attend(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(out.transpose(1, 2).reshape(batch, length, dim))
+        return self.proj(self.attend(q.to(v.dtype), k.to(v.dtype), v).flatten(-2))
 
 
 class Block(nn.Module):
@@ -108,7 +109,7 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotary embedding of x (..., T, head_dim) in the dtype of the table.
+    """Rotary embedding of x (..., T, head_dim), or (..., T, heads, head_dim) and a table `per_head`, in its dtype.
 
     Each half of the channels (y, then x) rotates in pairs half a half apart: the four quarters swap in twos.
     """
@@ -118,25 +119,27 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return x * table.cos + swapped * table.signed_sin
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, heads, T, d), by whatever kernel torch picks."""
-    return F.scaled_dot_product_attention(q, k, v)
+def fused_attention(q_BTHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of every head, (B, T, heads, d), by whatever kernel torch picks."""
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTHd, v_BTHd))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def explicit_attention(q_BTHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
     """The same as plain operations, softmax in float32 at least.
 
     Scaling q and k apart keeps 16-bit logits small and the ONNX graph short. They are scaled by powers of two: a graph
     stores a factor in the type of the tensor, and d^(-1/4) rounded to 16 bits would scale every logit wrongly. What is
     left of d^(-1/2), nothing where d is a power of four, scales the float32 logits.
     """
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BTHd, v_BTHd))
     exponent = -0.5 * math.log2(q.shape[-1])
     whole = math.floor(exponent)
     logits = (q * 2.0 ** (whole // 2)) @ (k * 2.0 ** (whole - whole // 2)).transpose(-1, -2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if exponent != whole:
         logits = logits.mul_(2.0 ** (exponent - whole))
-    return logits.softmax(dim=-1).to(v.dtype) @ v
+    return (logits.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def set_attention(model: nn.Module, attend: Attend) -> None:

@@ -50,5 +50,6 @@ def _require_compiler(language: str, variable: str, *usual: str) -> None:
         )
 
 
-def _cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (explicit_attention if q.shape[-2] <= _LONGEST_WRITTEN_OUT else fused_attention)(q, k, v)
+def _cpu_attention(q_BTHd: Tensor, k_BTHd: Tensor, v_BTHd: Tensor) -> Tensor:
+    form = explicit_attention if q_BTHd.shape[1] <= _LONGEST_WRITTEN_OUT else fused_attention
+    return form(q_BTHd, k_BTHd, v_BTHd)

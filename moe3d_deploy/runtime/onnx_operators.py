@@ -1,0 +1,20 @@
+"""Operators of an exported file that ONNX Runtime has kernels for under names of its own.
+
+An exported attention is a node `moe3d.kernels::Moe3dSelfAttention`, with its formula beside it as a model-local
+function (`moe3d_deploy.export.attention`). ONNX Runtime has one kernel for the whole, which works block by block and
+never holds a map of T x T logits: `com.microsoft::MultiHeadAttention`. The file does not use that name: TensorRT-RTX
+knows it too, takes it for its own fused attention and then has no float32 kernel for it.
+
+The two pairs of names are equally long. So one file becomes the other by an exchange of bytes, as protobuf writes the
+length of a text before it, and neither a robot's Python nor C++ needs a protobuf library.
+"""
+
+DOMAIN, NAME = "moe3d.kernels", "Moe3dSelfAttention"
+_OF_ONNXRUNTIME = {DOMAIN: "com.microsoft", NAME: "MultiHeadAttention"}
+
+
+def for_onnxruntime(model: bytes) -> bytes:
+    """The ONNX file with ONNX Runtime's names; unchanged where it has none of the operators."""
+    for portable, its_own in _OF_ONNXRUNTIME.items():
+        model = model.replace(portable.encode(), its_own.encode())
+    return model
