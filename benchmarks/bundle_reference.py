@@ -26,7 +26,10 @@ _OF_PRESET = re.compile(r"preset:(\S+) (?:seed (\d+)|trained weights)")
 def find_bundle(run: CheckRun) -> Bundle:
     """The user's bundle, or moe3d-tiny in fp16, exported once for all checks; skips where that cannot be done."""
     if run.bundle:
-        return Bundle.open(run.bundle)
+        bundle = Bundle.open(run.bundle)
+        if bundle.manifest.split:
+            run.skip("the bundle's model is split over two files, and the check takes one: export without --split")
+        return bundle
     path = run.work / "bundle"
     if path.exists():
         return Bundle.open(path)

@@ -13,10 +13,12 @@ from moe3d_deploy.benchmarks.checks import CheckRun
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.child import Emit, run_in_child
 from moe3d_deploy.engines.build import build
+from moe3d_deploy.engines.inspector import inspected, not_told
 from moe3d_deploy.engines.shapes import Shape4, ShapeProfile
 from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 
 BUILDER = "tensorrt-rtx"
+_BEGINNING = 2_000  # characters
 VIEWS, HEIGHT, WIDTH = "1:2:4", "140:392:518", "140:518:518"  # of an engine that is built here
 
 
@@ -54,6 +56,7 @@ def rtx_engine_runs(run: CheckRun) -> None:
         _load(run, engine, facts, found)
         if facts["loading"].get("loaded"):
             _run(run, engine, reference, facts, found)
+            _inspect(run, engine, facts, found)
 
 
 def try_to_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -83,6 +86,15 @@ def try_to_load(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     emit(facts)
     facts["loaded"] = runtime.deserialize_cuda_engine(plan) is not None
     return facts
+
+
+def inspect(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Child function: what the engine inspector tells of the engine in the file request["plan"].
+
+    The beginning of its text is kept as it is: its form on a card has not been seen yet.
+    """
+    text = trt.layer_information(request["plan"], builder=BUILDER)
+    return {**inspected(text, ()), "characters": len(text), "begins": text[:_BEGINNING]}
 
 
 def shapes_to_try(profile: ShapeProfile) -> list[Shape4]:
@@ -157,6 +169,18 @@ def _load(run: CheckRun, engine: _Engine, facts: dict[str, Any], found: list[dic
         words = loading.get("crash") or next((line for line in told if "ERROR: " in line), "nothing")
         verdict = " ".join([loading.get("validity", ""), *loading.get("diagnostics", ())]).strip()
         run.fail(f"{engine.name} does not load; validity: {verdict or 'not told'}; the library says: {words}")
+
+
+def _inspect(run: CheckRun, engine: _Engine, facts: dict[str, Any], found: list[dict[str, Any]]) -> None:
+    """Last, and no failure: that it tells nothing is an answer as well."""
+    run.step(f"inspecting {engine.name}")
+    try:
+        facts["inspector"] = run_in_child(f"{__name__}:inspect", {"plan": str(engine.path)}).value
+    except Moe3dError as error:
+        facts["inspector"] = not_told(str(error))
+    run.record(engines=found)
+    if not facts["inspector"]["told"]:
+        run.note(f"{engine.name}: the engine inspector tells nothing: {facts['inspector']['reason']}")
 
 
 def _run(

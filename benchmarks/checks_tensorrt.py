@@ -153,4 +153,19 @@ def _build(run: CheckRun, bundle: Bundle, name: str, plugin: trt.PluginLibrary |
     opened, record = add_built_engine(bundle, BUILDER, _profile(bundle), plugin=plugin)
     facts = {"file": record.file, "build": record.build, "audit": record.audit, "plugin": record.plugin}
     run.record(**{f"engine_{name}_plugin": facts})
+    _note_inspector(run, name, record.audit)
     return opened, record
+
+
+def _note_inspector(run: CheckRun, name: str, audit: dict[str, Any]) -> None:
+    """On a card the inspector is to tell of the attention: a note where it does not, with all that it said."""
+    inspector = audit.get("inspector")
+    if audit.get("attention_source") == "inspector":
+        return
+    if inspector is None:
+        why = "it was not asked"
+    elif inspector["told"]:
+        why = f"its attentions are {inspector['attentions']}"
+    else:
+        why = inspector["reason"]
+    run.note(f"the engine {name} the plugin: the inspector does not tell whether attention is fused: {why}")

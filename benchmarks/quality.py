@@ -31,7 +31,7 @@ from moe3d_deploy.export import quality
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
-from moe3d_deploy.export.verify import LABELS
+from moe3d_deploy.export.verify import LABELS, model_request
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.runtime.session import Session
 
@@ -163,7 +163,7 @@ def _deployment(
                 options,
                 on_event=lambda event: progress.report(event["stage"], event["step"], event["total"], event["detail"]),
             ).bundle
-            more = {"policy": asdict(policy), "model": str(bundle.model_path)}
+            more = {"policy": asdict(policy), **model_request(bundle)}
             found = quality.judge_deployed(kinds, plan, {**request, **more}, before, run)
         except ExportError as error:
             rows.append({"precision": precision, "failed": without_paths(str(error))})

@@ -13,7 +13,7 @@ from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.costs import Shape4
 from moe3d_deploy.engines.planned import COMPARED_FROM_BYTES, TOLERANCE, has_point_head
 from moe3d_deploy.export.precision import PrecisionPolicy
-from moe3d_deploy.manifest import Manifest, Profile
+from moe3d_deploy.manifest import WITH_HEADS, Manifest, Profile
 from moe3d_deploy.memory import activation_bytes
 from moe3d_deploy.planning import GLOBAL_ATTENTION
 
@@ -26,7 +26,8 @@ class Forms:
 
     fused       no attention's weights are in memory
     in_memory   those of every attention are, before and after the softmax
-    one_map     the weights of one global attention, (heads, S T, S T) for each scene
+    one_map     the weights of one global attention, (heads, S T, S T) for each scene; of an encoder by itself those of
+                one of its attentions, (heads, T, T) for each view
     """
 
     fused: int
@@ -50,35 +51,45 @@ class Forms:
         return "fused" if found <= most_fused else "not told"
 
 
-def forms_of(config: ModelConfig, shape: Shape4, precision: str) -> Forms:
-    """The predictions for an engine without a point head whose largest shape is (B, S, H, W). Raises InputError."""
+def forms_of(config: ModelConfig, shape: Shape4, precision: str, part: str | None = None) -> Forms:
+    """The predictions for an engine without a point head whose largest shape is (B, S, H, W).
+
+    part   role of the part of a split model that it is of
+
+    Raises InputError.
+    """
     costs.check_shape(config, shape)
     policy = PrecisionPolicy(precision)
     sizes = costs.Sizes.of(config, shape)
     fused, in_memory = (
-        activation_bytes(config, shape, form=form, precision=precision) for form in ("fused", "explicit")
+        activation_bytes(config, shape, form=form, precision=precision, part=part) for form in ("fused", "explicit")
     )
     weights = sizes.batch * config.aggregator.num_heads * (sizes.views * sizes.tokens) ** 2
+    if part == "encoder":
+        weights = sizes.images * config.vit.num_heads * sizes.tokens_with(config.vit.num_register_tokens) ** 2
     return Forms(fused, in_memory, weights * costs.BYTES[policy.type_of(GLOBAL_ATTENTION)])
 
 
 def attention_of_profiles(
-    manifest: Manifest, profiles: Sequence[Profile], found: Sequence[int]
+    manifest: Manifest, profiles: Sequence[Profile], found: Sequence[int], part: str | None = None
 ) -> list[dict[str, Any]]:
     """Of the largest shape of each profile: `shape`, `found`, `fused` and `in_memory` in bytes, and what it `told`.
 
     found   what the builder says of each profile; a list of another length is not told apart
+    part    role of the part of a split model that the engine is of
 
-    Empty where the predictions are of something else: a part of a split model, a point head, experts not merged.
+    Empty where there is no attention, and where the predictions are of something else: a point head, experts that are
+    not merged, the whole of a split model.
     Raises InputError for a precision that is no policy.
     """
     config = dataclasses.replace(manifest.config, point_head=False)
-    if manifest.parts or has_point_head(manifest) or (config.moe and not manifest.merged_experts):
+    left_out = has_point_head(manifest) or bool(config.moe and not manifest.merged_experts)
+    if part == "heads" or (manifest.parts and part is None) or (part in WITH_HEADS and left_out):
         return []
     told = list(found) if len(found) == len(profiles) else [None] * len(profiles)
     rows = []
     for profile, figure in zip(profiles, told, strict=True):
-        forms = forms_of(config, profile.max, manifest.precision)
+        forms = forms_of(config, profile.max, manifest.precision, part)
         predicted = {"fused": forms.fused, "in_memory": forms.in_memory}
         rows.append({"shape": list(profile.max), "found": figure, **predicted, "told": forms.told_by(figure)})
     return rows

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moe3d_deploy.engines.attention_memory import attention_of_profiles
+from moe3d_deploy.engines.fusion import fusion
 from moe3d_deploy.engines.planned import has_point_head
 from moe3d_deploy.engines.plugin_rules import must_remove_function, parser_takes
 from moe3d_deploy.errors import EngineError, InputError
@@ -23,7 +24,7 @@ FINDINGS = {
     "convolution-types": "convolutions of other types or number",
     "expert-mix": "another number of expert mixes, or a plugin where the function was to be taken, or the other way",
     "other-plugin": "a plugin layer that is no expert mix",
-    "attention": "attention that is not fused, by the compiled layers or by the activation memory",
+    "attention": "attention that is not fused, by the engine's layers or by its activation memory, or these disagree",
 }
 """The names by which a finding may be accepted, and what each is."""
 
@@ -140,39 +141,40 @@ def audit(
     """
     check_names(accept)
     want = expected(manifest, part)
+    inspector = facts.get("inspector")  # None where there was no GPU to ask it on
+    shown = inspector if inspector and inspector["told"] else None
     try:
         network = NetworkFacts(**facts["network"])
-        fused = facts["compiled"] and facts["compiled"]["fused_attention"]
+        listed = facts["compiled"] and facts["compiled"]["fused_attention"]
         figures = {key: facts[key] for key in ("tf32", "activation_memory_bytes", "executed")}
     except (KeyError, TypeError) as error:
         raise EngineError(
             f"the builder's report on the engine of {manifest.name} is not complete ({error}), so it "
             "cannot be audited; build it again with one version of moe3d-deploy"
         ) from error
-    memory = attention_of_profiles(manifest, profiles, figures["activation_memory_bytes"]) if profiles else []
+    memory = attention_of_profiles(manifest, profiles, figures["activation_memory_bytes"], part) if profiles else []
+    attention = fusion(want.blocks, want.trunk, inspector=shown, listed=listed, memory=memory)
     parts = (
         *([f"{want.trunk} matmuls {_share(network.matmul, want.trunk)}"] if want.blocks else []),
         _convolutions(network.convolution, want),
         _mix(network),
-        _attention(fused, memory, want) if want.blocks else "no attention",
+        attention.summary,
         "executed" if figures["executed"] else "not executed",
     )
     findings = [
         *_type_findings(network, want, manifest.precision),
         *_mix_findings(network, want),
         *_precedence_findings(network, built_by, plugin),
-        *_attention_findings(fused, memory, want),
+        *_inspected_mix_findings(network, shown),
+        *(Finding("attention", text) for text in attention.faults),
     ]
     found = {finding.name for finding in findings}
     return {
         "summary": ", ".join(parts),
         "findings": [{**finding._asdict(), "accepted": finding.name in accept} for finding in findings],
         "notes": [
-            *(
-                ["attention is not fused: its memory grows with the square of the tokens"]
-                if fused == 0 and want.blocks
-                else []
-            ),
+            *attention.notes,
+            *([f"the engine's inspector tells nothing: {inspector['reason']}"] if inspector and not shown else []),
             *(f"--accept {name} was not needed" for name in dict.fromkeys(accept) if name not in found),
         ],
         "strongly_typed": network.strongly_typed,
@@ -181,8 +183,10 @@ def audit(
         "convolutions": network.convolution,
         "expert_mix": _mix_taken(network) or "plain",
         "attentions": want.blocks,
-        "fused_attention": fused,
+        "fused_attention": attention.fused,
+        "attention_source": attention.source,
         "attention_memory": memory,
+        "inspector": inspector,
         **figures,
     }
 
@@ -280,35 +284,15 @@ def _precedence_findings(network: NetworkFacts, built_by: tuple[str, str] | None
         yield Finding("expert-mix", text)
 
 
-def _attention(fused: int | None, memory: Sequence[dict[str, Any]], want: Expected) -> str:
-    """What is known of the fusion: by the layers, where they are listed, else by the memory of all profiles."""
-    if fused is not None:
-        return f"attention fused {fused} of {want.blocks}"
-    told = {row["told"] for row in memory}
-    if "in memory" in told:
-        return "attention not fused by its memory"
-    return "attention fused by its memory" if told == {"fused"} else "attention fusion not told"
-
-
-def _attention_findings(fused: int | None, memory: Sequence[dict[str, Any]], want: Expected) -> Iterator[Finding]:
-    """TensorRT-RTX never fuses float32 attention: a note, no finding."""
-    if want.trunk == "fp32":
+def _inspected_mix_findings(network: NetworkFacts, inspector: dict[str, Any] | None) -> Iterator[Finding]:
+    """The compiled engine has to have what the parser made of the mix; `inspector` is what it told, if it told."""
+    if inspector is None:
         return
-    if fused is not None and fused != want.blocks:
-        text = (
-            f"{want.blocks} attentions are to be fused, the compiled engine has {fused}, and the others' memory grows "
-            "with the square of the tokens: build with another version (TensorRT-RTX 1.7.1 fuses all)"
-        )
-        yield Finding("attention", text)
-    for row in memory:
-        if row["told"] == "in memory":
-            shape, found, most = "x".join(map(str, row["shape"])), row["found"], row["fused"]
-            text = (
-                f"activation memory at {shape} is {found / 1e6:.0f} MB, where fused attention explains "
-                f"{most / 1e6:.0f} MB and attention in memory {row['in_memory'] / 1e6:.0f} MB: build with another "
-                "version, or for fewer views"
-            )
-            yield Finding("attention", text)
+    layers, ran = inspector["expert_mix"], _mix_taken(network)
+    shown = "plugin" if layers["plugin"] else "function" if layers["function"] else ""
+    if shown and ran and shown != ran:
+        text = f"the network has the {ran} of ExpertMix, the engine's inspector shows the {shown}: please report it"
+        yield Finding("expert-mix", text)
 
 
 def _convolutions(found: dict[str, int], want: Expected) -> str:

@@ -19,12 +19,14 @@ from typing import Any
 from moe3d_deploy import trt
 from moe3d_deploy.child import Emit, peak_bytes, run_in_child
 from moe3d_deploy.engines.audit import ATTENTION_OPSET
+from moe3d_deploy.engines.inspector import inspected, not_told
 from moe3d_deploy.engines.plugin_rules import EXPERT_MIX, check_plugin, must_remove_function
 from moe3d_deploy.engines.shapes import ShapeProfile
-from moe3d_deploy.errors import EngineError, InputError
+from moe3d_deploy.errors import EngineError, InputError, Moe3dError
 from moe3d_deploy.machine import cpu_name
 
 REPEAT_SECONDS = 1.0  # the last progress is told again this often, so that a long step shows life
+INSPECTING = "Inspecting the engine"  # the phase after the builder's own
 _THROTTLE_SECONDS = 0.05
 _DEFAULTS = trt.BuildFlags()
 _PACKAGES = re.compile(r"/[^'\"\s]*/(?:site|dist)-packages/")
@@ -102,6 +104,11 @@ def build(
             ) from None
         raise
     record = child.value
+    try:
+        record["audit"]["inspector"] = _inspect(record, request, record.pop("attentions"), on_event)
+    except BaseException:
+        out_path.unlink(missing_ok=True)
+        raise
     record["precision"] = precision
     record["build"] |= {"seconds": round(child.seconds, 3), "peak_bytes": child.peak_bytes, "from_cache": False}
     return record
@@ -172,12 +179,49 @@ def _can_build(builder: str, version: str, opset: int) -> bool:
     return False
 
 
+def _inspect(
+    record: dict[str, Any], request: dict[str, Any], attentions: list[Any], on_event: Callable[[dict[str, Any]], None]
+) -> dict[str, Any] | None:
+    """What the engine's inspector tells, in a process of its own: an engine may crash what loads it.
+
+    None without a GPU that the engine was built for; where it fails, the reason. Only an interrupt is raised.
+    """
+    gpus = trt.visible_gpus()[:1]
+    if not any(10 * major + minor in record["compute_capabilities"] for major, minor in gpus):
+        return None
+    asked = {**request, "attentions": attentions}
+    try:
+        return run_in_child(f"{__name__}:inspect_in_child", asked, title="the inspector", on_event=on_event).value
+    except Moe3dError as error:
+        return not_told(str(error))
+
+
+def inspect_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """The other side of `_inspect`: load the engine that was built, and return engines.inspector's facts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with _Reporter(emit) as reporter:
+        reporter.progress(INSPECTING, 0, 1)
+        text = trt.layer_information(
+            request["out_path"],
+            builder=request["builder"],
+            plugin=_plugin(request),
+            host_code=request["flags"]["version_compatible"],
+        )
+    attentions = [trt.Attention(core, tuple(products), dtype) for core, products, dtype in request["attentions"]]
+    return inspected(text, attentions, profiles=len(request["profiles"]))
+
+
+def _plugin(request: dict[str, Any]) -> trt.PluginLibrary | None:
+    asked = request["plugin"]
+    return asked and trt.PluginLibrary(**{**asked, "path": Path(asked["path"])})
+
+
 def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """The other side of `build`: write the plan, return the record without precision and wall time."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing here is worth a slow goodbye
     profiles = [ShapeProfile.from_dict(profile, request["patch_size"]) for profile in request["profiles"]]
     capabilities, flags = request["compute_capabilities"], trt.BuildFlags(**request["flags"])
-    plugin = request["plugin"] and trt.PluginLibrary(**{**request["plugin"], "path": Path(request["plugin"]["path"])})
+    plugin = _plugin(request)
     with _log_file(request) as log, _Reporter(emit) as reporter:
         engine = trt.build_engine(
             Path(request["onnx_path"]),
@@ -197,6 +241,7 @@ def build_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "compute_capabilities": [10 * major + minor for major, minor in engine.compute_capabilities],
         "profiles": [profile.as_dict() for profile in profiles],
         "plugin": _plugin_record(engine.facts.plugins, plugin),
+        "attentions": engine.attentions,
         "audit": {
             "tf32": flags.tf32,
             "network": dataclasses.asdict(engine.facts),

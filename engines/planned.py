@@ -7,7 +7,8 @@ from typing import Any
 
 from moe3d_deploy import costs, planning
 from moe3d_deploy.export.precision import PrecisionPolicy
-from moe3d_deploy.manifest import Manifest, Profile
+from moe3d_deploy.manifest import WITH_HEADS, Manifest, Profile
+from moe3d_deploy.memory import activation_bytes as predicted_activation_bytes
 from moe3d_deploy.parameter_shapes import parameter_shapes
 
 TOLERANCE = 0.15  # docs/costs.md: what predictions are held to
@@ -28,8 +29,7 @@ def plan_beside_build(
 
     activation_bytes   what the builder says each profile takes; a list of another length is not told apart: found null
     plan_bytes         size of the engine's file
-    part               of a split model: its own work and weights; activations are predicted for whole models alone,
-                       so `predicted` is null
+    part               of a split model: its own work, weights and activations
 
     `form` of the attention, `weight_bytes`, `plan_bytes` and, per profile, `shape` (B, S, H, W), `flops` and
     `activation_bytes`; what is compared has `predicted` and `found`. `notes` has a line for each that differs by more
@@ -52,11 +52,7 @@ def plan_beside_build(
         memory = {"predicted": plan.activation_bytes, "found": found}
         rows.append({"shape": list(profile.max), "flops": plan.flops, "activation_bytes": memory})
     size = {"predicted": setup.weight_bytes, "found": plan_bytes}
-    notes = [*_differences(rows, size)]
-    if held:
-        notes.append("activations are predicted without the point head")
-    if config.moe and not merged:
-        notes.append("activations are predicted for merged experts; this file keeps a convolution for each")
+    notes = [*_differences(rows, size), *_left_out(setup)]
     return {
         "form": form, "weight_bytes": setup.weight_bytes, "plan_bytes": size, "profiles": rows, "notes": notes,
     }  # fmt: skip
@@ -68,15 +64,26 @@ def _plan_of_part(
     rows = []
     for profile, found in zip(profiles, told, strict=True):
         flops = sum(item.flops for item in costs.work(setup.config, profile.max) if _is_of(part, item.parameter))
-        memory = {"predicted": None, "found": found}
+        predicted = predicted_activation_bytes(
+            setup.config, profile.max, form=setup.form, precision=setup.precision, part=part
+        )
+        memory = {"predicted": predicted, "found": found}
         rows.append({"shape": list(profile.max), "flops": flops, "activation_bytes": memory})
     shapes = parameter_shapes(setup.config)
     weights = sum(
         math.prod(shape) * costs.BYTES[setup.type_of(name)] for name, shape in shapes.items() if _is_of(part, name)
     )
     size = {"predicted": weights, "found": plan_bytes}
-    notes = [*_difference("the engine's size", **size), "activations are predicted for whole models, not for a part"]
+    notes = [*_differences(rows, size), *(_left_out(setup) if part in WITH_HEADS else ())]
     return {"form": setup.form, "weight_bytes": weights, "plan_bytes": size, "profiles": rows, "notes": notes}
+
+
+def _left_out(setup: planning.Setup) -> Iterator[str]:
+    """What the prediction of activations does not have of this file."""
+    if setup.config.point_head:
+        yield "activations are predicted without the point head"
+    if setup.config.moe and not setup.merged:
+        yield "activations are predicted for merged experts; this file keeps a convolution for each"
 
 
 def _is_of(part: str, parameter: str) -> bool:

@@ -8,10 +8,12 @@ from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.costs import Sizes
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PrecisionPolicy
+from moe3d_deploy.manifest import SPLITS
 from moe3d_deploy.memory_compiled import record_compiled
 from moe3d_deploy.memory_eager import record_eager
 
 FORMS = ("eager", "fused", "explicit")
+_ROLES = tuple(role for split in SPLITS.values() for role in split)
 
 
 def activation_bytes(
@@ -21,6 +23,7 @@ def activation_bytes(
     form: str,
     precision: str = "fp32",
     view_chunk: int | None = None,
+    part: str | None = None,
 ) -> int:
     """Peak bytes of the tensors alive at once, for depth and cameras of images of `shape` (B, S, H, W).
 
@@ -33,6 +36,8 @@ def activation_bytes(
                 Both count the experts merged, and no point head.
     precision   of the weights and of what is computed with them; "eager" is float32 only
     view_chunk  "eager" only: views that the dense heads take at a time
+    part        engines only: role of a part of a split model, run on all of `shape` at once; what it takes and gives is
+                the caller's memory, see memory_split
 
     Raises InputError for a combination that does not exist.
     """
@@ -43,9 +48,13 @@ def activation_bytes(
         raise InputError(f"form 'eager' is float32 only, not {precision}; choose fp32, or form 'fused'")
     if form != "eager" and view_chunk is not None:
         raise InputError(f"form {form!r} runs all views at once; leave view_chunk out, or choose form 'eager'")
+    if form == "eager" and part is not None:
+        raise InputError(f"form 'eager' is PyTorch, which runs whole models and no part {part!r}: choose another form")
+    if part not in (None, *_ROLES):
+        raise InputError(f"part {part!r} is unknown; choose from {', '.join(_ROLES)}")
     if view_chunk is not None and view_chunk < 1:
         raise InputError(f"view_chunk must be at least 1, got {view_chunk}")
     sizes = Sizes.of(config, shape)
     if form == "eager":
         return record_eager(sizes, view_chunk).peak()
-    return record_compiled(sizes, policy.type_of, fused=form == "fused").blocks()
+    return record_compiled(sizes, policy.type_of, fused=form == "fused", part=part).blocks()

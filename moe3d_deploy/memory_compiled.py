@@ -13,14 +13,15 @@ _TRUNK = "aggregator.frame_blocks.0.attn.qkv.weight"
 _HEAD = "depth_head.scratch.output_conv1.weight"
 
 
-def record_compiled(sizes: Sizes, type_of: TypeOf, *, fused: bool) -> Tape:
-    """Depth, confidence and cameras of one batch; the outputs themselves are the caller's memory, not the engine's.
+def record_compiled(sizes: Sizes, type_of: TypeOf, *, fused: bool, part: str | None = None) -> Tape:
+    """Depth, confidence and cameras of one batch; inputs and outputs are the caller's memory, not the engine's.
 
     type_of   the type that each layer computes in, by the name of its weights
     fused     one kernel for each attention; else its weights are in memory
+    part      role of a part of a split model: the work of that part alone, from its inputs to its outputs
     """
     tape = Tape()
-    _Recorder(tape, sizes, type_of, fused).run()
+    _Recorder(tape, sizes, type_of, fused).run(part)
     return tape
 
 
@@ -29,11 +30,19 @@ class _Recorder:
         self.tape, self.sizes, self.fused = tape, sizes, fused
         self.patch, self.trunk, self.head = (BYTES[type_of(name)] for name in (_PATCH, _TRUNK, _HEAD))
 
-    def run(self) -> None:
-        self._last_stage(self._dense(self._aggregate()))
+    def run(self, part: str | None) -> None:
+        if part == "encoder":
+            self.tape.free(self._encode())  # its norm is written into the output
+            return
+        kept: list[tuple[int, ...]] = [() for _ in self.sizes.levels]  # of the heads alone: the caller's
+        if part != "heads":
+            stream = self._encode() if part != "decoder" else None
+            kept = self._aggregate(stream, keep=part != "aggregator")
+        if part != "aggregator":
+            self._last_stage(self._dense(kept))
 
-    def _aggregate(self) -> list[tuple[int, int]]:
-        """Encoder and aggregator; the frame's and the scene's tokens of each level that the dense head reads."""
+    def _encode(self) -> int:
+        """Images to the encoder's residual stream, before its last norm."""
         s, tape, c = self.sizes, self.tape, self.sizes.config
         n, dim, vit = s.images, c.aggregator.embed_dim, c.vit
         cast = tape.new(n, 3, s.height, s.width, size=self.patch)
@@ -48,24 +57,37 @@ class _Recorder:
         for _ in range(vit.depth):
             stream, norm = self._block(stream, norm, n, length, vit.num_heads, vit.mlp_ratio, rotary=False)
         tape.free(norm)
+        return stream
+
+    def _aggregate(self, stream: int | None, *, keep: bool) -> list[tuple[int, ...]]:
+        """The frame's and the scene's tokens of each level that the dense head reads.
+
+        stream   of `_encode`; None where the tokens are an input
+        keep     the levels stay in memory for the dense head; else each is an output, written when it is there
+        """
+        s, tape, c = self.sizes, self.tape, self.sizes.config
+        n, dim = s.images, c.aggregator.embed_dim
         tokens = tape.new(n, s.tokens, dim)
-        tape.free(stream)
+        if stream is not None:
+            tape.free(stream)
         norm = tape.new(n, s.tokens, dim, size=self.trunk)
         tables = [tape.new(2, count, dim // c.aggregator.num_heads) for count in (s.tokens, s.views * s.tokens)]
-        kept: dict[int, tuple[int, int]] = {}
+        kept: dict[int, tuple[int, ...]] = {}
         read = {*c.dpt_head.intermediate_layer_idx}
         heads, ratio = c.aggregator.num_heads, c.aggregator.mlp_ratio
         for layer in range(c.aggregator.depth):
-            keep = layer in read
+            is_read = layer in read
             frame, norm = self._block(tokens, norm, n, s.tokens, heads, ratio, rotary=True)
             tokens, norm = self._block(
-                frame, norm, s.batch, s.views * s.tokens, heads, ratio, rotary=True, keep_input=keep
+                frame, norm, s.batch, s.views * s.tokens, heads, ratio, rotary=True, keep_input=is_read
             )
-            if keep:
+            if is_read and keep:
                 kept[layer] = (frame, tokens)
                 tokens = tape.new(n, s.tokens, dim)
+            elif is_read:
+                tape.free(frame)
         tape.free(tokens, norm, *tables)
-        return [kept[layer] for layer in c.dpt_head.intermediate_layer_idx]
+        return [kept.get(layer, ()) for layer in c.dpt_head.intermediate_layer_idx]
 
     def _block(
         self,
@@ -121,7 +143,7 @@ class _Recorder:
         tape.free(logits, *operands)
         return weights
 
-    def _dense(self, kept: list[tuple[int, int]]) -> int:
+    def _dense(self, kept: list[tuple[int, ...]]) -> int:
         """The dense head up to its full-resolution features; coarse to fine, each level just before it is needed."""
         s, tape, f = self.sizes, self.tape, self.sizes.config.dpt_head.features
         rows, columns = s.levels[0]

@@ -13,6 +13,7 @@ from moe3d_deploy.costs import Shape4, TypeOf
 from moe3d_deploy.devices import CPU, Device
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.manifest import PER_VIEW, WITH_HEADS, Range, ShapeRanges
+from moe3d_deploy.memory_split import PartMemory, split_memory
 
 MOST_VIEWS = 4096  # where a search for more views ends
 
@@ -29,8 +30,10 @@ class Setup:
     precision   by name, for `memory`; `type_of` is its rule
     form        of the attention: "eager" (PyTorch, float32 only), "fused" or "explicit" (engines); see `memory`
     merged      one convolution for all experts, as exports have it
-    view_chunk  views that the dense heads take at a time (PyTorch only); None for all
+    view_chunk  views that the dense heads take at a time in PyTorch, or the part of a split model that is per view;
+                None for all
     ranges      shapes that the file takes; None for all that the model takes
+    split       where the model is cut into two files, a key of manifest.SPLITS; None for one file
     """
 
     config: ModelConfig
@@ -41,12 +44,15 @@ class Setup:
     merged: bool = True
     view_chunk: int | None = None
     ranges: ShapeRanges | None = None
+    split: str | None = None
 
     def __post_init__(self) -> None:
-        if self.view_chunk is not None and self.form != "eager":
-            raise InputError("heads in chunks of views exist in PyTorch only: take form eager, or leave view_chunk out")
-        if self.on_cpu and self.form == "fused":
-            raise InputError("nothing fuses the attention on a CPU: take form explicit, or leave form out")
+        if self.view_chunk is not None and self.form != "eager" and self.split is None:
+            raise InputError(
+                "views in chunks exist in PyTorch and in a split model only: take form eager, or leave view_chunk out"
+            )
+        if self.split is not None and self.form == "eager":
+            raise InputError("a split model does not run in PyTorch: leave form eager out, or the split")
         device = self.device
         if device and (missing := next((kind for kind in self._types() if kind not in device.flops), None)):
             raise InputError(
@@ -101,7 +107,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ShapePlan:
-    """One shape's costs; `floor` and `fits` are None without a device."""
+    """One shape's costs; `floor` and `fits` are None without a device; `parts` are those of a split model."""
 
     shape: Shape4
     flops: int
@@ -112,6 +118,7 @@ class ShapePlan:
     floor: Floor | None
     fits: bool | None
     warnings: tuple[str, ...]
+    parts: tuple[PartMemory, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -119,9 +126,9 @@ class ShapePlan:
 
 
 def usual_form(type_of: TypeOf, device: Device | None) -> str:
-    """The attention's form where nobody says otherwise: engines fuse it in 16 bits, nothing does on a CPU."""
+    """The attention's form where nobody says otherwise: engines fuse it in 16 bits, ONNX Runtime on a CPU always."""
     on_cpu = device is not None and device.name == CPU
-    return "explicit" if on_cpu or type_of(GLOBAL_ATTENTION) == "float32" else "fused"
+    return "fused" if on_cpu or type_of(GLOBAL_ATTENTION) != "float32" else "explicit"
 
 
 def usual_shapes(config: ModelConfig) -> list[Shape4]:
@@ -135,6 +142,8 @@ def plan(setup: Setup, shape: Shape4) -> ShapePlan:
     batch, views, height, width = shape
     floor = _floor(setup, shape) if setup.device else None
     weights, activations = setup.weight_bytes, _activation_bytes(setup, shape)
+    parts = parts_of(setup, shape)
+    warnings = [text for part in parts for text in warnings_of(setup, part.shape, part.role)]
     return ShapePlan(
         shape=shape,
         flops=costs.total_flops(setup.config, views, height, width, batch=batch),
@@ -144,7 +153,8 @@ def plan(setup: Setup, shape: Shape4) -> ShapePlan:
         traffic_bytes=costs.traffic_bytes(setup.config, shape, setup.type_of),
         floor=floor,
         fits=weights + activations <= setup.device.memory if setup.device else None,
-        warnings=tuple(warnings_of(setup, shape)),
+        warnings=tuple(warnings if parts else warnings_of(setup, shape)),
+        parts=parts,
     )
 
 
@@ -187,7 +197,7 @@ def changes_that_fit(setup: Setup, shape: Shape4, others: Sequence[Setup] = ()) 
     for other in others:
         if fits(other, shape):
             add("precision", other, shape)
-    if setup.form == "eager":
+    if setup.form == "eager" or setup.split == "heads":
         largest_chunk = (setup.view_chunk or batch * views) - 1
         if most := _largest(range(1, largest_chunk + 1), lambda count: fits(replace(setup, view_chunk=count), shape)):
             add("view_chunk", replace(setup, view_chunk=most), shape)
@@ -240,11 +250,27 @@ def _peak(setup: Setup, shape: Shape4) -> int:
     return setup.weight_bytes + _activation_bytes(setup, shape)
 
 
+def parts_of(setup: Setup, shape: Shape4) -> tuple[PartMemory, ...]:
+    """What each part of a split model takes; empty for one file."""
+    if setup.split is None:
+        return ()
+    precision = _computed_in(setup)
+    return split_memory(
+        setup.config, shape, setup.split, form=setup.form, precision=precision, view_chunk=setup.view_chunk
+    )
+
+
+def _computed_in(setup: Setup) -> str:
+    return "fp32" if setup.on_cpu else setup.precision  # ONNX Runtime computes 16-bit graphs in float32 on a CPU
+
+
 def _activation_bytes(setup: Setup, shape: Shape4) -> int:
     from moe3d_deploy.memory import activation_bytes
 
     costs.check_shape(setup.config, shape)
-    precision = "fp32" if setup.on_cpu else setup.precision  # ONNX Runtime computes 16-bit graphs in float32 on a CPU
+    if parts := parts_of(setup, shape):
+        return max(part.peak_bytes for part in parts)
+    precision = _computed_in(setup)
     return activation_bytes(setup.config, shape, form=setup.form, precision=precision, view_chunk=setup.view_chunk)
 
 

@@ -30,6 +30,12 @@ def encoder() -> Bundle:
     return variants.export_here(ENCODER)
 
 
+@functools.cache
+def plain_heads() -> Bundle:
+    """fp16, the default outputs, split at the heads."""
+    return variants.export_here(ExportOptions(PrecisionPolicy("fp16"), split="heads", shapes=((1, 1, 1, 1),)))
+
+
 def single(split: str) -> Exported:
     """The same model in one file."""
     return exports.merged() if split == "heads" else exports.bundle().exported

@@ -84,7 +84,7 @@ def test_the_table_has_the_keys_of_a_built_engine(tmp_path: Path, monkeypatch: p
     def build_engine(*_: Any, builder: str, **__: Any) -> SimpleNamespace:
         return SimpleNamespace(
             builder=builder, builder_version="1.6.1", compute_capabilities=((8, 9),), facts=Facts(), listing="",
-            activation_memory_bytes=(1,), parse_seconds=1.0, build_seconds=2.0, plan_bytes=3,
+            activation_memory_bytes=(1,), parse_seconds=1.0, build_seconds=2.0, plan_bytes=3, attentions=(),
         )  # fmt: skip
 
     def run(function: str, request: dict[str, Any], **_: Any) -> ChildResult:

@@ -208,7 +208,7 @@ def test_a_text_that_is_no_shape_is_refused_with_an_example(given: str) -> None:
         (("moe3d-1b", "--device", "1e12"), "device '1e12' is unknown"),
         (("moe3d-1b", "--views-that-fit"), "add --device"),
         (("moe3d-1b", "--device", "t4", "--precision", "bf16"), "t4 computes no bfloat16"),
-        (("moe3d-1b", "--view-chunk", "4"), "in PyTorch only"),
+        (("moe3d-1b", "--view-chunk", "4"), "in PyTorch and in a split model only"),
         (("moe3d-tiny", "--point-head"), "moe3d-tiny has no point head; leave --point-head out"),
         (("nowhere",), "nowhere: no such bundle or checkpoint folder, nor a preset (vggt-1b, moe3d-1b, moe3d-tiny)"),
         (("moe3d-1b", "--precision", "int4"), "'int4' is not one of"),
@@ -302,11 +302,12 @@ def test_a_measured_cpu_is_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "floor" not in out
     assert "ONNX Runtime may be quicker" in out
     assert out.splitlines()[-1].endswith("--builder none")
-    assert "ONNX Runtime on the CPU, attention weights in memory, all activations in float32" in out
+    assert "ONNX Runtime on the CPU, fused attention, all activations in float32" in out
     (half,) = document("moe3d-tiny", "--device", "cpu", "--precision", "fp16", "--shapes", "1x2x56x56")["shapes"]
-    expected = activation_bytes(PRESETS["moe3d-tiny"], (1, 2, 56, 56), form="explicit", precision="fp32")
+    expected = activation_bytes(PRESETS["moe3d-tiny"], (1, 2, 56, 56), form="fused", precision="fp32")
     assert half["activation_bytes"] == expected
-    assert "nothing fuses the attention on a CPU" in refusal("moe3d-tiny", "--device", "cpu", "--form", "fused")
+    explicit = text("moe3d-tiny", "--device", "cpu", "--form", "explicit")
+    assert "ONNX Runtime on the CPU, attention weights in memory, all activations in float32" in explicit
 
 
 @pytest.mark.parametrize(

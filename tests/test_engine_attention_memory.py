@@ -96,6 +96,21 @@ def test_float32_attention_is_expected_in_memory() -> None:
     assert ", attention not fused by its memory, not executed" in result["summary"]
 
 
+def test_parts_of_a_split_model_are_judged_by_their_own_attention() -> None:
+    """Of a point head or plain experts only the part that has them is left out; heads have no attention."""
+    tensors = example_manifest().outputs
+    parts = tuple(Part(role, f"{role}.onnx", tensors, tensors) for role in ("aggregator", "heads"))
+    manifest = manifest_of("moe3d-1b", "fp16", parts=parts, merged_experts=False)
+    forms = forms_of(replace(PRESETS["moe3d-1b"], point_head=False), SHAPE, "fp16", "aggregator")
+    assert forms.one_map == ONE_MAP
+    (row,) = attention_of_profiles(manifest, [PROFILE], [forms.fused + 2 * ONE_MAP], "aggregator")
+    assert (row["fused"], row["told"]) == (forms.fused, "in memory")
+    assert attention_of_profiles(manifest, [PROFILE], [MEASURED], "heads") == []
+    assert attention_of_profiles(manifest, [PROFILE], [MEASURED], "decoder") == []
+    encoder = forms_of(replace(PRESETS["moe3d-1b"], point_head=False), SHAPE, "fp16", "encoder")
+    assert encoder.one_map == 8 * 16 * (28 * 37 + 5) ** 2 * 2  # of each view by itself
+
+
 def test_models_that_the_predictions_leave_a_part_of_out_are_not_judged() -> None:
     tensors = example_manifest().outputs
     part = Part("aggregator", "model.onnx", tensors, tensors)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inspections import FIRST, fused, layer, text_of
 from recorder import Recorder
 from trained_weights import ship_small
 
@@ -101,9 +102,15 @@ def engine_bundle(monkeypatch: pytest.MonkeyPatch) -> Any:
     bundle = SimpleNamespace(manifest=manifest, engine_path=lambda record: Path(record.file))
     bundle.loading = {"says": [], "validity": "VALID", "diagnostics": [], "loaded": True}
 
-    def run_in_child(function: str, request: dict[str, Any], on_event: Any) -> ChildResult:
-        assert function.endswith(":try_to_load")
+    bundle.inspector = {"told": True, "reason": None}
+
+    def run_in_child(function: str, request: dict[str, Any], on_event: Any = None) -> ChildResult:
         assert request["plan"] == ENGINE
+        if function.endswith(":inspect"):
+            if isinstance(bundle.inspector, Moe3dError):
+                raise bundle.inspector
+            return ChildResult(bundle.inspector, 0.1, 1)
+        assert function.endswith(":try_to_load")
         if isinstance(bundle.loading, Moe3dError):
             on_event({"validity": "VALID", "says": []})
             raise bundle.loading
@@ -126,6 +133,36 @@ def test_an_engine_that_runs_right_passes_even_if_built_for_other_cards(run: Rec
     assert engine["built_for_this_card"] is False
     assert [case["shape"] for case in engine["shapes"]] == [[1, 1, 28, 42], [1, 2, 28, 42]]
     assert all(case["errors"]["depth"]["max"] < 1e-5 for case in engine["shapes"])  # the same float32 model twice
+
+
+def test_what_the_inspector_tells_is_kept_and_its_silence_is_a_note(run: Recorder, engine_bundle: Any) -> None:
+    checks_engines.rtx_engine_runs(run)
+    assert run.figures["engines"][0]["inspector"] == {"told": True, "reason": None}
+    assert run.notes == []
+    engine_bundle.inspector = Moe3dError("inspect ended with code -11: segmentation fault")
+    checks_engines.rtx_engine_runs(run)
+    assert run.figures["engines"][0]["inspector"]["told"] is False
+    assert run.notes == [
+        "tiny.plan: the engine inspector tells nothing: inspect ended with code -11: segmentation fault"
+    ]
+    assert run.failures == []
+
+
+def test_the_inspectors_text_is_kept_as_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = text_of(fused(FIRST), *[layer(f"l{i}", "gemm") for i in range(100)])
+    monkeypatch.setattr(trt, "layer_information", lambda plan, *, builder: text)
+    facts = checks_engines.inspect({"plan": ENGINE}, lambda event: None)
+    assert (facts["characters"], facts["begins"]) == (len(text), text[:2000])
+    assert facts["layers"] == {"kgen": {"fp16": 1}, "gemm": {"fp16": 100}}
+
+
+def test_a_split_bundle_is_skipped_by_the_checks_that_take_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = SimpleNamespace(manifest=SimpleNamespace(split="heads"))
+    monkeypatch.setattr(bundle_reference.Bundle, "open", lambda path: split)
+    with pytest.raises(Exception, match="the bundle's model is split over two files, and the check takes one"):
+        bundle_reference.find_bundle(Recorder(tmp_path, tmp_path / "bundle"))
 
 
 def test_an_engine_with_wrong_depth_fails(run: Recorder, engine_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,22 @@ def test_both_engines_are_built_run_compared_and_timed(run: Recorder, machine: M
     assert figures["engine_with_plugin"]["audit"] == {"summary": "with"}
 
 
+def test_an_inspector_that_does_not_tell_of_attention_is_a_note(run: Recorder) -> None:
+    said = "the engine with the plugin: the inspector does not tell whether attention is fused: "
+    for audit, why in (
+        ({"inspector": None}, "it was not asked"),
+        ({"inspector": {"told": False, "reason": "it crashed"}, "attention_source": "memory"}, "it crashed"),
+        (
+            {"inspector": {"told": True, "attentions": {"fp16": {"not told": 72}}}, "attention_source": None},
+            "its attentions are {'fp16': {'not told': 72}}",
+        ),
+        ({"inspector": {"told": True}, "attention_source": "inspector"}, None),
+    ):
+        run.notes.clear()
+        checks_tensorrt._note_inspector(run, "with", audit)
+        assert run.notes == ([said + why] if why else [])
+
+
 def test_a_plugin_that_mixes_wrongly_fails_and_the_other_engine_does_not(
     run: Recorder, machine: Machine, library: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import exports
 import pytest
+import splits
 from click.testing import CliRunner
 
 from moe3d_deploy.benchmarks import quality as benchmark
@@ -97,6 +98,22 @@ def test_the_result_has_its_documented_form(asked: list[ExportOptions], tmp_path
     assert str(tmp_path) not in out.read_text()
     assert "| AbsRel | " in benchmark.quality_table(report)
     assert "| bf16 | ONNX Runtime on the float32 twin of the file | " in benchmark.deployment_table(report)
+
+
+def test_a_split_model_is_judged_by_both_its_files(
+    asked: list[ExportOptions], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 split at the encoder, its weights and outputs those of the single file, so the same change."""
+    rows = []
+    for name, bundle in (("single", exports.bundle().report.bundle), ("split", splits.encoder())):
+        monkeypatch.setattr(benchmark, "export_bundle", lambda *_, found=bundle, **__: SimpleNamespace(bundle=found))
+        out = tmp_path / f"{name}.json"
+        arguments = [str(exports.checkpoint()), "--out", str(out), "--count", "1", "--views", "2", "--no-points"]
+        result = CliRunner().invoke(benchmark.main, [*arguments, "--precision", "fp16"], catch_exceptions=False)
+        assert result.exit_code == 0
+        rows.append(next(row for row in json.loads(out.read_text())["deployment"] if row["run"] == "executed"))
+    single, split = rows
+    assert split["changes"]["abs_rel"]["found"] == pytest.approx(single["changes"]["abs_rel"]["found"], rel=1e-6)
 
 
 @pytest.mark.usefixtures("asked")

@@ -16,10 +16,12 @@ from moe3d_deploy.cli.plan_report import Report
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.costs import Shape4
 from moe3d_deploy.devices import CPU, DEVICES, Device, find_device
+from moe3d_deploy.engines.profiles import VIEW_CHUNK as HEADS_VIEW_CHUNK
 from moe3d_deploy.errors import CheckpointError, InputError
 from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
-from moe3d_deploy.manifest import ShapeRanges
+from moe3d_deploy.manifest import SPLITS, ShapeRanges
 from moe3d_deploy.planning import Setup
+from moe3d_deploy.runtime.split_backend import VIEW_CHUNK
 
 _CONFIG_FILE = "config.json"
 _OUTPUTS_OF_POINT_HEAD = ("point_map", "point_map_conf")
@@ -35,6 +37,7 @@ class _Source:
     precision: str | None = None
     merged: bool = True
     ranges: ShapeRanges | None = None
+    split: str | None = None
 
 
 @click.command("plan")
@@ -53,7 +56,15 @@ class _Source:
     "--form", type=click.Choice(["eager", "fused", "explicit"]),
     help="Attention: PyTorch's (eager), fused or explicit in an engine.  [default: fused in 16 bits, else explicit]",
 )  # fmt: skip
-@click.option("--view-chunk", type=click.IntRange(min=1), help="eager only: views the dense heads take at a time.")
+@click.option(
+    "--split",
+    type=click.Choice(list(SPLITS)),
+    help="In two files, as of moe3d-export --split.  [default: a bundle's own]",
+)
+@click.option(
+    "--view-chunk", type=click.IntRange(min=1),
+    help="eager: views the dense heads take at a time; --split: views of the part that is per view.",
+)  # fmt: skip
 @click.option("--point-head", is_flag=True, help="With VGGT's point head, which exports leave out unless asked for it.")
 @click.option("--views-that-fit", is_flag=True, help="Search the most views that fit on --device, per precision.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; bytes, FLOPs and seconds.")
@@ -63,6 +74,7 @@ def plan_command(
     device_name: str | None,
     precision: str | None,
     form: str | None,
+    split: str | None,
     view_chunk: int | None,
     point_head: bool,
     views_that_fit: bool,
@@ -80,7 +92,7 @@ def plan_command(
     """
     if views_that_fit and device_name is None:
         raise InputError("--views-that-fit is a question about a device: add --device")
-    given = _open(source, point_head)
+    given = _with_split(_open(source, point_head), split)
     chosen = _precision(given, precision, form)
     if given.kind == "bundle" and form == "eager":
         raise InputError(f"bundle {source} does not run in PyTorch; leave --form eager out, or plan its checkpoint")
@@ -160,7 +172,17 @@ def _of_bundle(source: str, point_head: bool) -> _Source:
     if point_head and not held:
         raise InputError(f"bundle {source} has no point head; leave --point-head out, or export with it")
     config = dataclasses.replace(manifest.config, point_head=held)
-    return _Source(source, "bundle", config, manifest.precision, manifest.merged_experts, manifest.shape_ranges)
+    ranges, split = manifest.shape_ranges, manifest.split
+    return _Source(source, "bundle", config, manifest.precision, manifest.merged_experts, ranges, split)
+
+
+def _with_split(source: _Source, asked: str | None) -> _Source:
+    if asked is None or asked == source.split:
+        return source
+    if source.kind == "bundle":
+        has = f"split at its {source.split}" if source.split else "one file"
+        raise InputError(f"bundle {source.name} is {has}; leave --split out, or plan its checkpoint")
+    return dataclasses.replace(source, split=asked)
 
 
 def _precision(source: _Source, asked: str | None, form: str | None) -> str:
@@ -181,7 +203,17 @@ def _usual_shapes(setup: Setup) -> list[Shape4]:
 def _setup(source: _Source, precision: str, device: Device | None, form: str | None, view_chunk: int | None) -> Setup:
     type_of = PrecisionPolicy(precision).type_of
     chosen = form or planning.usual_form(type_of, device)
-    return Setup(source.config, precision, type_of, chosen, device, source.merged, view_chunk, source.ranges)
+    setup = Setup(
+        source.config, precision, type_of, chosen, device, source.merged, view_chunk, source.ranges, source.split
+    )
+    return setup if source.split is None or view_chunk else dataclasses.replace(setup, view_chunk=_usual_chunk(setup))
+
+
+def _usual_chunk(setup: Setup) -> int | None:
+    """Views at a time where nobody says otherwise: what ONNX Runtime is given, and what engines are built for."""
+    if setup.on_cpu:
+        return VIEW_CHUNK
+    return HEADS_VIEW_CHUNK if setup.split == "heads" else None
 
 
 def _others(

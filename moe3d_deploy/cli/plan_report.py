@@ -8,8 +8,11 @@ from typing import Any
 
 from moe3d_deploy import costs
 from moe3d_deploy.costs import Shape4
+from moe3d_deploy.engines.profiles import VIEW_CHUNK
 from moe3d_deploy.engines.shapes import AXES
+from moe3d_deploy.manifest import PER_VIEW, SPLITS
 from moe3d_deploy.planning import MOST_VIEWS, Change, Setup, ShapePlan, fits
+from moe3d_deploy.runtime.split_backend import VIEW_CHUNK as RUN_VIEW_CHUNK
 from moe3d_deploy.trt.installed import RTX_CAPABILITIES
 
 WIDTH = 100
@@ -21,7 +24,10 @@ _FORMS = {
     "fused": "engine with fused attention, built for shapes up to this one",
     "explicit": "engine with attention weights in memory, built for shapes up to this one",
 }
-_ON_CPU = "ONNX Runtime on the CPU, attention weights in memory, all activations in float32"
+_ON_CPU = {
+    "fused": "ONNX Runtime on the CPU, fused attention, all activations in float32",
+    "explicit": "ONNX Runtime on the CPU, attention weights in memory, all activations in float32",
+}
 _CHANGES = {
     "views": "fewer views",
     "batch": "fewer scenes",
@@ -59,6 +65,7 @@ class Report:
             "precision": setup.precision,
             "form": setup.form,
             "view_chunk": setup.view_chunk,
+            "split": setup.split,
             "weight_bytes": setup.weight_bytes,
             "device": setup.device.to_dict() if setup.device else None,
             "shapes": [self._shape(plan) for plan in self.plans],
@@ -73,6 +80,7 @@ class Report:
         batch, views, height, width = plan.shape
         return {
             **asdict(plan),
+            "parts": [{**asdict(part), "peak_bytes": part.peak_bytes} for part in plan.parts],
             "components": costs.flops(self.setup.config, batch, views, height, width),
             "peak_bytes": plan.peak_bytes,
             "floor": {**asdict(plan.floor), "bound": plan.floor.bound} if plan.floor else None,
@@ -105,8 +113,12 @@ class Report:
         if len(counts) > 1:
             parameters += f" ({counts['float32'] / 1e6:,.1f} M of them float32)"
         yield _labelled("weights", f"{_bytes(setup.weight_bytes)}, {parameters}")
-        chunk = f", dense heads on {setup.view_chunk} views at a time" if setup.view_chunk else ""
-        yield _labelled("runs as", (_ON_CPU if self._in_onnx_runtime else _FORMS[setup.form]) + chunk)
+        chunk = f", {self._chunked} on {_views(setup.view_chunk)} at a time" if setup.view_chunk else ""
+        yield _labelled("runs as", (_ON_CPU[setup.form] if self._in_onnx_runtime else _FORMS[setup.form]) + chunk)
+        if setup.split:
+            yield _labelled(
+                "split", f"{' then '.join(SPLITS[setup.split])}: two files, both loaded, one after the other"
+            )
         if setup.device:
             device = setup.device
             rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s {kind}" for kind, rate in device.flops.items())
@@ -135,6 +147,10 @@ class Report:
 
     def _notes(self, plan: ShapePlan) -> Iterator[str]:
         shape = _shape_text(plan.shape)
+        if plan.parts:
+            own = ", ".join(f"{part.role} {_bytes(part.activation_bytes)}" for part in plan.parts)
+            between = _bytes(plan.parts[0].between_bytes)
+            yield from _wrapped(f"{shape}: ", f"{own}; and {between} of tokens between them, in both")
         if plan.shape in self.refused:
             yield f"{shape}: the bundle does not take this shape"
         for warning in plan.warnings:
@@ -191,6 +207,12 @@ class Report:
                 yield _labelled(label, command)  # in one line, to be pasted
 
     @property
+    def _chunked(self) -> str:
+        """What takes its views a few at a time."""
+        roles = SPLITS[self.setup.split] if self.setup.split else ()
+        return next((role for role in roles if role in PER_VIEW), "dense heads")
+
+    @property
     def _in_onnx_runtime(self) -> bool:
         return self.setup.on_cpu and self.setup.form != "eager"
 
@@ -225,9 +247,12 @@ class Report:
         source = shlex.quote(self.name)
         export = f"moe3d-export {source} -o bundle --precision {self.setup.precision}"
         export += " --outputs point_map" if self.setup.config.point_head else ""
+        export += f" --split {self.setup.split}" if self.setup.split else ""
         exported = self.kind == "bundle"
         if self._in_onnx_runtime:
-            yield "next", f"moe3d run {source} IMAGES... -o out" if exported else f"{export} --builder none"
+            chunk = self.setup.view_chunk if self.setup.split else None
+            flag = f" --view-chunk {chunk}" if chunk not in (None, RUN_VIEW_CHUNK) else ""
+            yield "next", f"moe3d run {source} IMAGES... -o out{flag}" if exported else f"{export} --builder none"
             return
         another = f"moe3d-export {source if exported else 'bundle'}"
         engines = self._engines(shapes)
@@ -241,11 +266,16 @@ class Report:
 
     def _engines(self, shapes: list[Shape4]) -> list[str]:
         """Flags of one engine for all shapes, or of one each where the largest of every axis together is too much."""
-        axes = list(zip(*shapes, strict=True))
+        chunk, axes = self._chunk_flag(), list(zip(*shapes, strict=True))
         batch, views, height, width = (max(sizes) for sizes in axes)
         if self.setup.device is None or fits(self.setup, (batch, views, height, width)):
-            return [_flags(axes)]
-        return [_flags([(size,) for size in shape]) for shape in dict.fromkeys(shapes)]
+            return [_flags(axes) + chunk]
+        return [_flags([(size,) for size in shape]) + chunk for shape in dict.fromkeys(shapes)]
+
+    def _chunk_flag(self) -> str:
+        """Of engines whose heads take other numbers of views than usual; an encoder's takes all."""
+        chunk = self.setup.view_chunk if self.setup.split == "heads" else None
+        return f" --view-chunk {chunk}" if chunk not in (None, VIEW_CHUNK) else ""
 
 
 def _flags(axes: Sequence[Sequence[int]]) -> str:
@@ -278,6 +308,10 @@ def _table(header: tuple[str, ...] | None, rows: Iterable[tuple[str, ...]]) -> I
 
 def _shape_text(shape: Shape4) -> str:
     return "x".join(map(str, shape))
+
+
+def _views(count: int) -> str:
+    return f"{count} view{'s' if count > 1 else ''}"
 
 
 def _bytes(count: float) -> str:

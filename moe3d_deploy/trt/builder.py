@@ -10,6 +10,7 @@ from typing import Any
 
 from moe3d_deploy.errors import EngineError, InputError
 from moe3d_deploy.trt import installed
+from moe3d_deploy.trt.attentions import Attention, attentions_of
 from moe3d_deploy.trt.features import BuildFlags, apply_flags, check_flags
 from moe3d_deploy.trt.installed import Capability
 from moe3d_deploy.trt.network import ImageProfile, NetworkFacts, network_facts, parse, profile_shapes
@@ -31,6 +32,7 @@ class BuiltEngine:
     listing                  the compiled layers with types, where the builder prints them (TensorRT-RTX, no GPU needed)
     log                      the builder's messages, INFO and above
     build_seconds            includes writing the file
+    attentions               those of the parsed network, to be found again in the compiled layers
     """
 
     plan_bytes: int
@@ -43,6 +45,7 @@ class BuiltEngine:
     log: tuple[str, ...]
     parse_seconds: float
     build_seconds: float
+    attentions: tuple[Attention, ...] = ()
 
 
 def build_engine(
@@ -95,7 +98,7 @@ def build_engine(
             network = parse(trt, path, without_function=without_function)
             watch.step(_PARSING, 0)
             parsed = time.perf_counter()
-            facts = network_facts(trt, network[1])
+            facts, attentions = network_facts(trt, network[1]), attentions_of(network[1])
             shapes = [profile_shapes(trt, network[1], profile, path.name) for profile in wanted]
             config = _config(trt, builder, capabilities, shapes, watch, flags)
             with _PlanFile(Path(out_path)) as plan:
@@ -124,6 +127,7 @@ def build_engine(
         log=tuple(messages.lines),
         parse_seconds=parsed - started,
         build_seconds=time.perf_counter() - parsed,
+        attentions=attentions,
     )
 
 
@@ -163,6 +167,7 @@ def _config(
     options: dict[str, Any] = {
         "profiles": profiles,
         "progress_monitor": Monitor(),
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # else the engine keeps the layers' names alone
     }
     if builder == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX

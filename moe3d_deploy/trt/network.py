@@ -1,6 +1,5 @@
 """An ONNX file as a builder's network: parse it, check its input against a profile, count what it holds."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 
 from moe3d_deploy.errors import EngineError
 from moe3d_deploy.trt import onnx_functions
+from moe3d_deploy.trt.onnx_names import calls_of
 
 _DTYPES = {"float": "fp32", "half": "fp16"}  # every other type keeps TensorRT's name in lower case: bf16, int64, ...
 
@@ -124,7 +124,7 @@ def network_facts(trt: Any, network: Any) -> NetworkFacts:
         if kind.startswith("PLUGIN"):
             plugins.append(layer.name)
         # A layer from a function body names its call: "[ONNX Layer: mul | expert_mix (ExpertMix)]".
-        calls.update(re.findall(r" \| ([^|\]]+) \((\w+)\)", layer.metadata))
+        calls.update(calls_of(layer.metadata))
         group = {"DECONVOLUTION": "CONVOLUTION", "ATTENTION_OUTPUT": "ATTENTION"}.get(kind, kind)
         if group in dtypes:
             dtype = layer.get_output(0).dtype.name.lower()
