@@ -10,27 +10,25 @@ import torch
 from torch import Tensor
 
 from moe3d_deploy.benchmarks import torch_device
+from moe3d_deploy.benchmarks.bench import price_forms
+from moe3d_deploy.benchmarks.bench.price_agreement import LIMITS, disagreements
+from moe3d_deploy.benchmarks.bench.price_figures import GOALS
 from moe3d_deploy.benchmarks.checks import CheckRun
 from moe3d_deploy.benchmarks.checks_kernels import kernel_library
 from moe3d_deploy.benchmarks.timing import Effort, Ratio, interleave, measure
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.model import MoE3D
-from moe3d_deploy.model.dpt import DptHead, Grid, activate_depth
-from moe3d_deploy.model.experts import MergedExperts, Mixture, expert_mix, mix
+from moe3d_deploy.model.dpt import DptHead, Grid
+from moe3d_deploy.model.experts import MergedExperts, expert_mix
 from moe3d_deploy.native.torch_op import KernelExperts
 
 PRESET = "moe3d-1b"
 PRECISION = "fp16"
 VIEWS = (1, 8)
 WIDTH, HEIGHT = 518, 392
-PRICE_GOAL = 1.25  # share of time over share of FLOP
+PRICE_GOAL = GOALS["cuda"]  # share of time over share of FLOP
 TAIL_GOAL = 0.005  # of the model's time, by all that comes after the 3x3 convolutions
-# Largest relative difference between two forms of the same weights: the convolutions are fp16.
-_FORMS_LIMIT = 1e-2
-
-Maps = tuple[Tensor, Tensor]  # depth, confidence
-LastStage = Callable[[Tensor], Maps]
 
 
 def expert_head_price(run: CheckRun) -> None:
@@ -67,12 +65,12 @@ def measure_price(
     flop = {count: _flop(config, count, size) for count in views}
     run.step(f"generating {precision} weights")
     model = _load(config, name, precision).to(device)
-    stages, tails = last_stages(model.depth_head, path)
     head = model.depth_head
+    stages, tails = price_forms.last_stages(head, head.experts[0], path), _tails(head, path)
     grid = Grid(*(pixels // config.patch_size for pixels in size))
     whole: dict[int, dict[str, Any]] = {count: {} for count in views}
     for count in views:
-        levels = _levels(config, count, grid, device)
+        levels = price_forms.random_levels(config, count, grid, device, seed=count)
         features = head.features(levels, grid)
         _compare_forms(run, count, {form: stage(features) for form, stage in stages.items() if form != "single"})
         for form, stage in stages.items():
@@ -80,7 +78,7 @@ def measure_price(
                 continue
             run.step(f"{count} views, head, {form}")
             timers = (
-                torch_device.timer(partial(_whole_head, head, levels, grid, each), device)
+                torch_device.timer(partial(price_forms.whole_head, head, levels, grid, each), device)
                 for each in (stages["single"], stage)
             )
             whole[count][form] = interleave(*timers, effort=effort)
@@ -101,52 +99,27 @@ def measure_price(
     _judge(run, cases)
 
 
-def last_stages(
+def _tails(
     head: DptHead, path: Path
-) -> tuple[dict[str, LastStage], dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Maps]]]]:
-    """({form: features -> maps}, {form: (features -> convolution's output, that -> maps)}) of an unmerged head.
-
-    "single" is VGGT's own last stage: a branch of its sizes, here the first expert's.
-    """
-    moe = head.moe
-    if moe is None:
+) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], price_forms.Maps]]]:
+    """{form: (features -> convolution's output, that -> maps)} of an unmerged head."""
+    if head.moe is None:
         raise ValueError("a head without experts has nothing to compare")
-    experts, gate = head.experts, head.gate
-    merged = MergedExperts(experts, gate, moe)
+    temperature = head.moe.temperature
+    merged = MergedExperts(head.experts, head.gate, head.moe)
     kernel = KernelExperts(merged, path)
     operands = (merged.expert_weight, merged.expert_bias, merged.gate_weight, merged.gate_bias)
-
-    def plain(features: Tensor) -> Mixture:
-        raw = torch.stack([expert(features) for expert in experts], dim=1)
-        return mix(raw, gate(features), moe.temperature)
-
-    stages: dict[str, LastStage] = {
-        "single": lambda features: activate_depth(experts[0](features)),
-        "plain": lambda features: plain(features)[:2],
-        "merged": lambda features: merged(features)[:2],
-        "kernel": lambda features: kernel(features)[:2],
-    }
-    return stages, {
-        "merged": (merged.conv, lambda hidden: expert_mix(hidden.relu(), *operands, moe.temperature)[:2]),
+    return {
+        "merged": (merged.conv, lambda hidden: expert_mix(hidden.relu(), *operands, temperature)[:2]),
         "kernel": (kernel.conv, lambda hidden: kernel.mix(hidden.relu_())[:2]),
     }
 
 
-def _whole_head(head: DptHead, levels: list[Tensor], grid: Grid, stage: LastStage) -> Maps:
-    return stage(head.features(levels, grid))
-
-
-def _compare_forms(run: CheckRun, views: int, maps: dict[str, Maps]) -> None:
+def _compare_forms(run: CheckRun, views: int, maps: dict[str, price_forms.Maps]) -> None:
     """Fail where a form's maps are not finite or not those of the plain one."""
-    for form, found in maps.items():
-        if not torch_device.all_finite(found):
-            run.fail(f"{views} views, {form}: an output is not finite")
-            continue
-        error = max(
-            float(((got - want).abs() / want.abs()).max()) for got, want in zip(found, maps["plain"], strict=True)
-        )
-        if not error <= _FORMS_LIMIT:
-            run.fail(f"{views} views, {form}: off by {error:.2g} of the plain form, limit {_FORMS_LIMIT:g}")
+    arrays = {form: [tensor.cpu().numpy() for tensor in found] for form, found in maps.items()}
+    for form, fault in disagreements(arrays, LIMITS["fp16"]):
+        run.fail(f"{views} views, {form}: {fault}")
 
 
 def _cases(views: int, model_ms: float, measured: dict[str, Any], flop: tuple[int, int]) -> list[dict[str, Any]]:
@@ -208,10 +181,3 @@ def _load(config: ModelConfig, name: str, precision: str) -> MoE3D:
     from moe3d_deploy.checkpoint import load_model, seeded_source
 
     return load_model(seeded_source(name, config), dtype_of=PrecisionPolicy(precision).dtype_of())
-
-
-def _levels(config: ModelConfig, views: int, grid: Grid, device: torch.device) -> list[Tensor]:
-    """Random patch tokens (views, P, D) of the four depths."""
-    generator = torch.Generator(device).manual_seed(views)
-    shape = (views, grid.h * grid.w, config.dpt_head.dim_in)
-    return [torch.randn(shape, device=device, generator=generator) for _ in range(4)]

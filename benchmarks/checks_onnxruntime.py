@@ -9,6 +9,7 @@ from typing import Any
 from moe3d_deploy.benchmarks.bundle_reference import Reference, compare, find_bundle, text
 from moe3d_deploy.benchmarks.checks import CheckRun
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape
+from moe3d_deploy.runtime.onnx_operators import FOLDER_OF_WEIGHTS, for_onnxruntime
 
 CUDA = "CUDAExecutionProvider"
 LARGE: Shape = (1, 2, 28, 37)  # 518x392
@@ -65,7 +66,8 @@ def profiled_session(model: Path, folder: Path, providers: list[Any]) -> Any:
     options.log_severity_level = 3
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "onnxruntime")
-    return onnxruntime.InferenceSession(str(model), options, providers=providers)
+    options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(model.parent))
+    return onnxruntime.InferenceSession(for_onnxruntime(model.read_bytes()), options, providers=providers)
 
 
 def placement(events: Iterable[dict[str, Any]]) -> Placement:

@@ -17,6 +17,7 @@ from test_gpu_checks_torch import CPU, QUICK, SMALLEST
 from test_native_math import reference as numpy_reference
 
 from moe3d_deploy.benchmarks import checks_head_price, checks_kernels, kernel_cases, kernel_launches
+from moe3d_deploy.benchmarks.bench import price_forms
 from moe3d_deploy.benchmarks.kernel_cases import Case, cases, hidden_for, operands_for, reference, worst_error
 from moe3d_deploy.config import MoeConfig
 from moe3d_deploy.errors import Moe3dError
@@ -350,7 +351,7 @@ def test_a_form_that_gives_other_maps_fails(run: Recorder, stand_in: Path, monke
         merged.gate_bias.add_(torch.tensor([0.0, 1.0, 2.0]))
         return unchanged(merged, path)
 
-    unchanged = checks_head_price.KernelExperts
-    monkeypatch.setattr(checks_head_price, "KernelExperts", forget)
+    unchanged = price_forms.KernelExperts
+    monkeypatch.setattr(price_forms, "KernelExperts", forget)
     measure_price(run, stand_in, views=(1,))
     assert [line.partition(":")[0] for line in run.failures] == ["1 views, merged", "1 views, kernel"]

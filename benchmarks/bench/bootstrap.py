@@ -49,16 +49,30 @@ class RatioInterval(NamedTuple):
 
 def ratio_of_medians(first: Rounds, second: Rounds, *, seed: int = 0) -> RatioInterval:
     """Compare the runs of two reports, milliseconds. The same numbers give the same interval."""
-    random = np.random.default_rng(seed)
     sides = [[np.asarray(times, np.float64) for times in rounds] for rounds in (first, second)]
+    return _interval(sides, seed)
+
+
+def ratio_of_pairs(ratios: Rounds, *, seed: int = 0) -> RatioInterval:
+    """The ratio of two calls that ran in turns in the same processes, from the ratio of every pair of runs.
+
+    What both calls of a pair meet, such as a slow minute or where memory came to lie, is no noise here.
+    """
+    return _interval([[np.asarray(values, np.float64) for values in ratios]], seed)
+
+
+def _interval(sides: list[list[NDArray[np.float64]]], seed: int) -> RatioInterval:
+    """Of the last side's median over the first side's, or of the only side's own."""
+    random = np.random.default_rng(seed)
     logs = [np.log([np.median(times) for times in side]) for side in sides]
-    change = float(logs[1].mean() - logs[0].mean())
+    change = float(logs[-1].mean() - (logs[0].mean() if len(sides) > 1 else 0))
     of_blocks = math.sqrt(sum(_block_variance(times, random) / len(side) ** 2 for side in sides for times in side))
     counts = [len(side) for side in sides]
     freedom = sum(counts) - len(counts)
     if min(counts) == 1:
         blocks = sum(_blocks(len(times)) for side in sides for times in side)
-        width = student(blocks - sum(counts)) * of_blocks if blocks > sum(counts) else math.inf
+        runs_freedom = blocks - sum(counts)
+        width = student(runs_freedom) * of_blocks if runs_freedom > 0 else math.inf
         return RatioInterval(math.exp(change), math.exp(change - width), _exp(change + width), None)
     variance = sum(float(((log - log.mean()) ** 2).sum()) for log in logs) / freedom
     of_processes = math.sqrt(variance * sum(1 / count for count in counts))

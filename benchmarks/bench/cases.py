@@ -7,17 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from moe3d_deploy import costs, planning
-from moe3d_deploy.benchmarks.bench.report import FAILED, Case, Predicted, Round, Shape
+from moe3d_deploy.benchmarks.bench.report import FAILED, UNAVAILABLE, Case, Predicted, Round, Shape
 from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.manifest import Preprocessing, ShapeRanges
 from moe3d_deploy.memory import activation_bytes
+from moe3d_deploy.memory_split import split_activation_bytes
 from moe3d_deploy.runtime.session import Session
+from moe3d_deploy.runtime.split_backend import VIEW_CHUNK
 
 _DEFAULT_SHAPES = 3  # of planning.usual_shapes: 1, 2 and 4 views
-_FORM = {"pytorch": "eager", "onnxruntime": "explicit"}  # of `memory`; ONNX Runtime fuses no attention on a CPU
+# Form of `memory`, and whether 16-bit graphs are computed in float32.
+_FORM = {
+    "pytorch": ("eager", False),
+    "pytorch-compiled": ("eager", False),
+    "onnxruntime": ("fused", True),
+    "onnxruntime-widespread": ("explicit", True),
+    "onnxruntime-cuda": ("fused", False),
+    "tensorrt-rtx": ("fused", False),
+    "tensorrt": ("fused", False),
+}
 _OUTPUTS_OF_POINT_HEAD = ("point_map", "point_map_conf")
 
 
@@ -27,7 +38,8 @@ class Source:
 
     config    with a point head only where a run computes it
     weights   the config whose weights are loaded
-    options   of `Session.open`
+    options   of `Session.open`, and of a peer's runner
+    split     where a bundle's model is cut in two; None for one in one file
     """
 
     source: str
@@ -40,6 +52,7 @@ class Source:
     preprocessing: Preprocessing
     ranges: ShapeRanges
     options: dict[str, Any] = field(default_factory=dict)
+    split: str | None = None
 
     def default_shapes(self) -> list[Shape]:
         """1, 2 and 4 views at the model's usual size, or of a bundle those that it takes, or its smallest."""
@@ -87,31 +100,63 @@ def open_source(source: str, *, backends: Sequence[str], **options: Any) -> Sour
     computed = any(name in _OUTPUTS_OF_POINT_HEAD for name in session.output_names)
     run = dataclasses.replace(config, point_head=computed)
     common = (run, run if is_bundle(source) else config, session.preprocessing, session.shapes)
-    kind, precision = "checkpoint" if Path(source).exists() else "preset", "fp32"
+    kind, precision, split = "checkpoint" if Path(source).exists() else "preset", "fp32", None
     if is_bundle(source):
-        kind, precision = "bundle", Bundle.open(source, verify="sizes", engines=False).manifest.precision
-    return Source(source, session.name, kind, backend, precision, *common, given)
+        manifest = Bundle.open(source, verify="sizes", engines=False).manifest
+        kind, precision, split = "bundle", manifest.precision, manifest.split
+    return Source(source, session.name, kind, backend, precision, *common, given, split)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A case before it is measured."""
+    """A case before it is measured.
+
+    missing   why this machine cannot run it: then it is not tried
+    peer      of a source, not one itself
+    options   of the measurement, where they are not those of all cases (`run.Options`)
+    """
 
     source: Source
     shape: Shape
+    missing: str | None = None
+    peer: bool = False
+    options: Any = None
+
+    @property
+    def label(self) -> str:
+        return self.case(reason="not measured").label
+
+    def absent(self) -> Case:
+        """The case as a row that says why it is not measured."""
+        return self.case(status=UNAVAILABLE, reason=self.missing)
 
     def case(
-        self, rounds: tuple[Round, ...] = (), *, status: str = FAILED, reason: str | None = None, findings: Any = ()
+        self,
+        rounds: tuple[Round, ...] = (),
+        *,
+        status: str = FAILED,
+        reason: str | None = None,
+        findings: Any = (),
+        nodes: int | None = None,
     ) -> Case:
         """The case with what was measured, and what the arithmetic says beside it."""
         source, shape = self.source, self.shape
         type_of = PrecisionPolicy(source.precision).type_of
         work = costs.flops_by_type(source.config, shape, type_of)
-        if source.backend == "onnxruntime":  # which computes 16-bit graphs in float32 on a CPU
+        form, in_float32 = _FORM[source.backend]
+        if in_float32:
             work = {"float32": sum(work.values())}
-        form = _FORM[source.backend]
-        in_memory = "fp32"  # of activations: both compute in float32
-        chunk = source.options.get("view_chunk") if source.backend == "pytorch" else None
+        # `memory` knows PyTorch in float32 only.
+        in_memory = "fp32" if in_float32 or form == "eager" else source.precision
+        chunk = source.options.get("view_chunk")
+        if source.split:
+            chunk = chunk or VIEW_CHUNK
+            activations = split_activation_bytes(
+                source.config, shape, source.split, form=form, precision=in_memory, view_chunk=chunk
+            )
+        else:
+            chunk = chunk if form == "eager" else None
+            activations = activation_bytes(source.config, shape, form=form, precision=in_memory, view_chunk=chunk)
         return Case(
             model=source.name,
             kind=source.kind,
@@ -121,15 +166,12 @@ class Planned:
             work=work,
             weight_bytes=costs.weight_bytes(source.config, type_of),
             traffic_bytes=costs.traffic_bytes(source.config, shape, type_of),
-            predicted=Predicted(
-                form,
-                costs.weight_bytes(source.weights, type_of),
-                activation_bytes(source.config, shape, form=form, precision=in_memory, view_chunk=chunk),
-            ),
+            predicted=Predicted(form, costs.weight_bytes(source.weights, type_of), activations),
             status=status,
             reason=reason,
             findings=tuple(findings),
             rounds=rounds,
+            nodes=nodes,
         )
 
 
@@ -141,16 +183,21 @@ def plan_cases(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Plann
         for shape in dict.fromkeys(shapes or source.default_shapes()):
             source.check(shape)
             planned.append(Planned(source, shape))
+    check_labels(planned)
+    return planned
+
+
+def check_labels(planned: Sequence[Planned]) -> None:
+    """Raise InputError for two cases that would have the same name."""
     labels: dict[str, str] = {}
     for item in planned:
-        label = item.case(reason="not measured").label
+        label = item.label
         if label in labels:
             raise InputError(
                 f"{labels[label]} and {item.source.source} are both {label}: a report cannot tell them apart; "
                 "measure one after the other and see moe3d bench --compare"
             )
         labels[label] = item.source.source
-    return planned
 
 
 def views_shapes(sources: Sequence[Source], views: Sequence[int]) -> list[Shape]:

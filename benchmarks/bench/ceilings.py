@@ -32,22 +32,22 @@ def best(first: Ceilings, second: Ceilings) -> Ceilings:
     return Ceilings(max(first.copy_bytes_per_second, second.copy_bytes_per_second), rates)
 
 
-def torch_ceilings(device: str, *, effort: Effort = _EFFORT) -> Ceilings:
-    """Of PyTorch in float32, by its settings in this process, on "cpu" or "cuda"."""
+def torch_ceilings(device: str, *, types: Sequence[str] = ("float32",), effort: Effort = _EFFORT) -> Ceilings:
+    """Of PyTorch in each of these types, by its settings in this process, on "cpu" or "cuda"."""
     torch = load_package("torch")
     from moe3d_deploy.benchmarks import torch_device
 
     def timer(call: Callable[[], Any]) -> Timer:
         return torch_device.timer(call, torch.device(device))
 
-    def matmul(side: int) -> float:
-        a, b = (torch.rand(side, side, device=device) for _ in range(2))
+    def matmul(kind: Any, side: int) -> float:
+        a, b = (torch.rand(side, side, device=device).to(kind) for _ in range(2))
         return 2 * side**3 / _fastest(timer(lambda: torch.matmul(a, b)), effort)
 
-    def convolution(size: tuple[int, int]) -> float:
+    def convolution(kind: Any, size: tuple[int, int]) -> float:
         channels, side = size
-        image = torch.rand(1, channels, side, side, device=device)
-        weight = torch.rand(channels, channels, 3, 3, device=device)
+        image = torch.rand(1, channels, side, side, device=device).to(kind)
+        weight = torch.rand(channels, channels, 3, 3, device=device).to(kind)
         seconds = _fastest(timer(lambda: torch.conv2d(image, weight, padding=1)), effort)
         return _convolution_flops(size) / seconds
 
@@ -56,8 +56,14 @@ def torch_ceilings(device: str, *, effort: Effort = _EFFORT) -> Ceilings:
     with torch.inference_mode():
         copied = 2 * _COPY_BYTES / _fastest(timer(lambda: target.copy_(source)), effort)
         sides, maps = (_GPU_SIDES, _GPU_MAPS) if device == "cuda" else (_CPU_SIDES, _CPU_MAPS)
-        rates = Rates(max(map(matmul, sides)), max(map(convolution, maps)))
-    return Ceilings(copied, {"float32": rates})
+        rates = {
+            name: Rates(
+                max(matmul(getattr(torch, name), side) for side in sides),
+                max(convolution(getattr(torch, name), size) for size in maps),
+            )
+            for name in types
+        }
+    return Ceilings(copied, rates)
 
 
 def onnxruntime_ceilings(threads: int, *, effort: Effort = _EFFORT) -> Ceilings:

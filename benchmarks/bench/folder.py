@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe3d_deploy.benchmarks.bench import case_tables
+from moe3d_deploy.benchmarks.bench import case_tables, parity_tables, peer_tables, price_tables, scaling_tables
 from moe3d_deploy.benchmarks.bench.page import page
 from moe3d_deploy.benchmarks.bench.report import REPORT_NAME, Report
 from moe3d_deploy.benchmarks.bench.text import ABSENT, Table
@@ -46,9 +46,18 @@ def write_data(report: Report, folder: Path) -> None:
 def files(report: Report) -> dict[str, bytes]:
     """Content by name."""
     require_plots()
+    from moe3d_deploy.benchmarks.bench import scaling_plot
     from moe3d_deploy.benchmarks.bench.plots import plots
 
-    svgs = plots(report.cases)
+    svgs = plots(report.cases) | scaling_plot.plots(report.cases)
+    if report.sections.price:
+        from moe3d_deploy.benchmarks.bench import price_plot
+
+        svgs |= price_plot.plots(report.sections.price)
+    if report.sections.parity:
+        from moe3d_deploy.benchmarks.bench import parity_plot
+
+        svgs |= parity_plot.plots(report.sections.parity)
     tables, data = all_tables(report), report.to_json()
     alone = {name: svg.replace(">", f">{_ALONE}", 1) for name, svg in svgs.items()}
     text = {
@@ -61,7 +70,16 @@ def files(report: Report) -> dict[str, bytes]:
 
 def all_tables(report: Report) -> list[Table]:
     """Of every section, in their order."""
-    return case_tables.tables(report.cases)
+    found = case_tables.tables(report.cases)
+    if section := report.sections.cases:
+        found += peer_tables.tables(section.cases, section.models) + scaling_tables.tables(
+            section.cases, section.models
+        )
+    if report.sections.price:
+        found += price_tables.tables(report.sections.price)
+    if report.sections.parity:
+        found += parity_tables.tables(report.sections.parity)
+    return found
 
 
 def markdown(report: Report, tables: list[Table], plots: Mapping[str, Any]) -> str:

@@ -29,9 +29,9 @@ _EXIF: Exif = "apply"
 
 
 def measure_case(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Child: the `report.Round` of a case, as JSON.
+    """Child: the `report.Round` of a case, as JSON, and beside its fields the `nodes` of `report.Case`.
 
-    backend, source, options   of `open_runner`
+    backend, source, options, types, workdir   of `open_runner`
     shape, seed, threads
     effort                     of the runs, `timing.Effort`
     pipeline_runs              of the whole way from files to files
@@ -42,10 +42,18 @@ def measure_case(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         emit({"step": text})
 
     step("loading")
-    runner = open_runner(request["backend"], request["source"], threads=request["threads"], options=request["options"])
+    batch, views, height, width = request["shape"]
+    runner = open_runner(
+        request["backend"],
+        request["source"],
+        threads=request["threads"],
+        options=request["options"],
+        types=request["types"],
+        size=(height, width),
+        workdir=request["workdir"],
+    )
     fitted = request["preprocessing"]
     preprocessing = Preprocessing(**{**fitted, "mean": tuple(fitted["mean"]), "std": tuple(fitted["std"])})
-    batch, views, height, width = request["shape"]
     result = measure(
         runner,
         (batch, views, height, width),
@@ -55,7 +63,7 @@ def measure_case(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         pipeline_runs=request["pipeline_runs"],
         step=step,
     )
-    return dataclasses.asdict(result)
+    return {**dataclasses.asdict(result), "nodes": runner.nodes()}
 
 
 def measure(
@@ -77,7 +85,9 @@ def measure(
 
     images = FreshImages(shape, runner.input_type, seed)
     step("first run")
+    started = time.perf_counter()
     infer(runner, images.next())
+    first_run_seconds = time.perf_counter() - started
     memory.after_first_run()
 
     step("runs")
@@ -128,6 +138,7 @@ def measure(
         ceilings=ceilings,
         before=before,
         after=after,
+        first_run_seconds=round(first_run_seconds, 3),
     )
 
 

@@ -16,20 +16,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from moe3d_deploy.benchmarks.bench import figures
 from moe3d_deploy.benchmarks.bench.report import Case
 
-_INK = "#010203"  # stands for currentColor until the file is written; no other element has it
-_GRID = 0.25  # opacity
-_COLOURS = ("#2b7bba", "#d9772b", "#3a9d5d", "#b0508e", "#8a6d3b", "#6b6ecf")  # readable on white and on black
+INK = "#010203"  # stands for currentColor until the file is written; no other element has it
+GRID = 0.25  # opacity
+COLOURS = ("#2b7bba", "#d9772b", "#3a9d5d", "#b0508e", "#8a6d3b", "#6b6ecf")  # readable on white and on black
 _MARKERS = "osD^vP"
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe3d-bench",
     "font.family": "sans-serif",
     "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
@@ -45,21 +45,25 @@ def plots(cases: Sequence[Case]) -> dict[str, str]:
     if not measured:
         return {}
     drawn: dict[str, _Draw] = {"latency.svg": _latency, "memory.svg": _memory, "roofline.svg": _roofline}
-    return {name: _svg(draw, measured) for name, draw in drawn.items()}
+    return {name: svg(draw, measured) for name, draw in drawn.items()}
 
 
-def _svg(draw: _Draw, cases: Sequence[Case]) -> str:
+def svg(draw: Callable[[Any, Any], None], what: Any, *, height: float = _HEIGHT) -> str:
+    """What `draw` makes of (axes, what), with room below the axes for the entries of its legend; ink is INK.
+
+    height   inches, without those entries
+    """
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         figure = Figure(layout="constrained")
         axes = figure.add_subplot()
-        draw(axes, cases)
+        draw(axes, what)
         entries = axes.get_legend_handles_labels()[1]
-        figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * len(entries))
+        figure.set_size_inches(_WIDTH, height + _LINE * len(entries))
         file = io.StringIO()
         metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    svg = file.getvalue().replace(_INK, "currentColor")
-    return svg[svg.index("<svg") :]
+    text = file.getvalue().replace(INK, "currentColor")
+    return text[text.index("<svg") :]
 
 
 def _latency(axes: Any, cases: Sequence[Case]) -> None:
@@ -81,7 +85,7 @@ def _memory(axes: Any, cases: Sequence[Case]) -> None:
         axes.plot(views, [(item.driver_bytes or item.peak_bytes) / 1e6 for item in used], label=label, **style)
         predicted = [item.predicted_bytes / 1e6 for item in used]
         axes.plot(views, predicted, color=style["color"], marker=style["marker"], linestyle=":", fillstyle="none")
-    axes.plot([], [], color=_INK, linestyle=":", label="predicted by moe3d plan")
+    axes.plot([], [], color=INK, linestyle=":", label="predicted by moe3d plan")
     axes.set_title("Peak memory beside what was there before loading")
     axes.set_ylabel("MB")
     _against_views(axes, cases)
@@ -100,7 +104,7 @@ def _roofline(axes: Any, cases: Sequence[Case]) -> None:
     for (backend, (copy, peak)), style in zip(roofs.items(), ("-", "--", "-."), strict=False):
         ridge = peak / copy
         label = f"{backend}: {copy:.3g} GB/s, {peak:.4g} GFLOP/s"
-        axes.plot([low, ridge, high], [low * copy, peak, peak], color=_INK, linestyle=style, linewidth=1, label=label)
+        axes.plot([low, ridge, high], [low * copy, peak, peak], color=INK, linestyle=style, linewidth=1, label=label)
     for (label, group), style in zip(_lines(cases), _styles(), strict=False):
         places = [(figures.intensity(case), figures.reached_flops(case) / 1e9) for case in group]
         axes.plot(*zip(*places, strict=True), label=label, **{**style, "linestyle": "none"})
@@ -113,7 +117,7 @@ def _roofline(axes: Any, cases: Sequence[Case]) -> None:
     axes.set_title("Roofline: what was reached, below measured ceilings")
     axes.set_xlabel("FLOP for every byte that has to move")
     axes.set_ylabel("GFLOP/s")
-    _finish(axes)
+    finish(axes)
 
 
 def _lines(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
@@ -128,7 +132,7 @@ def _lines(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
 
 
 def _styles() -> Any:
-    pairs = zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS), strict=False)
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(_MARKERS), strict=False)
     return ({"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1.5} for colour, marker in pairs)
 
 
@@ -140,9 +144,10 @@ def _against_views(axes: Any, cases: Sequence[Case]) -> None:
     axes.minorticks_off()
     axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
     axes.set_ylim(0, 1.05 * axes.dataLim.y1)
-    _finish(axes)
+    finish(axes)
 
 
-def _finish(axes: Any) -> None:
-    axes.grid(alpha=_GRID, color=_INK, linewidth=0.5)
+def finish(axes: Any) -> None:
+    """Grid and legend, the same in every plot."""
+    axes.grid(alpha=GRID, color=INK, linewidth=0.5)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0)

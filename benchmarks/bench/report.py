@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moe3d_deploy import strict_json
+from moe3d_deploy.benchmarks.bench.parity import Parity
+from moe3d_deploy.benchmarks.bench.price import Price
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import BundleError, InputError
 from moe3d_deploy.strict_fields import MAY_BE_ABSENT, read, require
@@ -18,7 +20,7 @@ FORMAT = "moe3d-bench"
 FORMAT_VERSION = 1
 REPORT_NAME = "report.json"
 MEASURED, IMPOSSIBLE, FAILED = "measured", "impossible", "failed"
-BACKENDS = ("pytorch", "onnxruntime")
+UNAVAILABLE = "unavailable"
 WHOLE = "inference"  # of a run's series: images in host memory to outputs in host memory
 PIPELINE_WHOLE = "whole"  # of a pipeline's: bytes of image files to the files of `moe3d run`
 
@@ -94,6 +96,7 @@ class Round:
     cores_used   seconds of processor time per second of the runs
     device          "cpu" or "cuda"
     before, after   the machine's state (docs/benchmarks.md)
+    first_run_seconds   of the run after loading, in which what compiles while it runs does so
     """
 
     seed: int
@@ -111,6 +114,7 @@ class Round:
     ceilings: Ceilings
     before: dict[str, Any]
     after: dict[str, Any]
+    first_run_seconds: float | None = field(default=None, metadata=MAY_BE_ABSENT)
 
     def __post_init__(self) -> None:
         _check_series("series", self.series, WHOLE)
@@ -143,7 +147,9 @@ class Case:
 
     work           FLOP by the type that computes them; traffic_bytes is the least that has to move (docs/costs.md)
     weight_bytes   of the weights that a run reads, in their stored type
-    status         MEASURED; IMPOSSIBLE, where a figure beats its ceiling (`findings`); FAILED, for `reason`
+    status         MEASURED; IMPOSSIBLE, where a figure beats its ceiling (`findings`); FAILED, for `reason`;
+                   UNAVAILABLE, where this machine cannot run it, for `reason`
+    nodes          of the ONNX file
     """
 
     model: str
@@ -159,12 +165,14 @@ class Case:
     reason: str | None
     findings: tuple[Finding, ...]
     rounds: tuple[Round, ...]
+    nodes: int | None = field(default=None, metadata=MAY_BE_ABSENT)
 
     def __post_init__(self) -> None:
-        require(self.status in (MEASURED, IMPOSSIBLE, FAILED), "status", f"must not be {self.status!r}")
+        known = (MEASURED, IMPOSSIBLE, FAILED, UNAVAILABLE)
+        require(self.status in known, "status", f"must not be {self.status!r}")
         require(min(self.shape) > 0, "shape", "must be positive")
         require((self.reason is None) == (self.status == MEASURED), "reason", "must be that of a case not measured")
-        require(self.status == FAILED or bool(self.rounds), "rounds", "must not be empty")
+        require(self.status in (FAILED, UNAVAILABLE) or bool(self.rounds), "rounds", "must not be empty")
 
     @property
     def label(self) -> str:
@@ -198,6 +206,8 @@ class Sections:
     """The parts of a report. A later one is a field more; what was not asked for is None and absent from the JSON."""
 
     cases: Cases | None = field(default=None, metadata=MAY_BE_ABSENT)
+    price: Price | None = field(default=None, metadata=MAY_BE_ABSENT)
+    parity: Parity | None = field(default=None, metadata=MAY_BE_ABSENT)
 
 
 @dataclass(frozen=True)
@@ -221,8 +231,7 @@ class Report:
 
     def to_json(self) -> bytes:
         """The form of `report.json`, the same bytes for the same report."""
-        values = dataclasses.asdict(self)
-        values["sections"] = {key: value for key, value in values["sections"].items() if value is not None}
+        values = dataclasses.asdict(self, dict_factory=_without_absent)
         ordered = {key: values.pop(key) for key in ("format", "format_version")} | values
         return (json.dumps(ordered, indent=1, allow_nan=False) + "\n").encode()
 
@@ -251,6 +260,13 @@ class Report:
         if not file.is_file():
             raise InputError(f"{path}: no such report; give a report.json or the folder that holds it")
         return cls.from_json(file.read_bytes(), str(path))
+
+
+_MAY_LACK = {f.name for cls in (Sections, Case, Round) for f in dataclasses.fields(cls) if f.metadata == MAY_BE_ABSENT}
+
+
+def _without_absent(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if value is not None or key not in _MAY_LACK}
 
 
 def _check_series(where: str, series: dict[str, tuple[float, ...]], whole: str) -> None:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from moe3d_deploy.benchmarks.bench import plausible
@@ -20,6 +21,7 @@ Measure = Callable[[dict[str, Any], Emit], dict[str, Any]]
 Tell = Callable[[str, str], None]
 
 _MOST_RUNS = 400  # of a process, however fast they are
+_RUNS_OF_A_SWEEP = 3
 _CHILD = "moe3d_deploy.benchmarks.bench.measure:measure_case"
 
 
@@ -45,6 +47,13 @@ class Options:
         return Effort(least, max(least, _MOST_RUNS), budget_ms=budget_ms, warmup_budget_ms=budget_ms / 2)
 
 
+def sweep_options(options: Options) -> Options:
+    """Of a sweep, whose points need no interval: one process, few runs, nothing from files to files."""
+    runs = min(_RUNS_OF_A_SWEEP, options.runs)
+    budget = options.budget_seconds / options.processes
+    return dataclasses.replace(options, runs=runs, budget_seconds=budget, processes=1, pipeline_runs=0)
+
+
 def in_child(request: dict[str, Any], on_event: Emit) -> dict[str, Any]:
     """Measure one case in a process of its own; see `run_in_child` for what it raises."""
     return run_in_child(_CHILD, request, title="the case's process", on_event=on_event).value
@@ -58,12 +67,14 @@ def run_cases(
     measure: Measure = in_child,
     keep: Callable[[Report], None] = lambda report: None,
     tell: Tell = lambda label, text: None,
+    workdir: Path | None = None,
 ) -> Report:
     """Measure and return the report.
 
     Every case gets its first process, then every case its second one, and so on: what drifts meets all alike. A case
-    that fails in one, or whose figures are impossible, gets no more.
+    that fails in one, or whose figures are impossible, gets no more. One that this machine cannot run gets none.
 
+    workdir   for files that a peer needs
     keep   gets the report after every process, marked as not complete, and the whole one at the end
     tell   gets (case, what is being done)
 
@@ -72,50 +83,67 @@ def run_cases(
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     cases: dict[int, Case] = {}
 
+    recorded = dataclasses.asdict(options)
+    if own := next((item.options for item in planned if item.options), None):
+        recorded["scaling"] = dataclasses.asdict(own)
+
     def report(complete: bool) -> Report:
-        models = {item.source.name: item.source.weights.to_dict() for item in planned}
-        section = Cases(models, dataclasses.asdict(options), tuple(cases[i] for i in sorted(cases)))
+        # A peer may have left a head out: the config is the source's.
+        ordered = sorted(planned, key=lambda item: not item.peer)
+        models = {item.source.name: item.source.weights.to_dict() for item in ordered}
+        section = Cases(models, recorded, tuple(cases[i] for i in sorted(cases)))
         return Report(complete, started, environment, Sections(section))
 
-    for process in range(options.processes):
+    for process in range(max([(item.options or options).processes for item in planned], default=0)):
         for i, item in enumerate(planned):
-            before = cases.get(i)
-            if before and before.status != MEASURED:
+            own, before = item.options or options, cases.get(i)
+            if process >= own.processes or (before and before.status != MEASURED):
                 continue
-            cases[i] = _measured(item, before, process, options, measure, tell)
+            cases[i] = item.absent() if item.missing else _measured(item, before, process, own, measure, tell, workdir)
             keep(report(complete=False))
     whole = report(complete=True)
     keep(whole)
     return whole
 
 
-def _measured(item: Planned, before: Case | None, process: int, options: Options, measure: Measure, tell: Tell) -> Case:
+def _measured(
+    item: Planned,
+    before: Case | None,
+    process: int,
+    options: Options,
+    measure: Measure,
+    tell: Tell,
+    workdir: Path | None,
+) -> Case:
     """The case with one process more."""
-    label = item.case(reason="not measured").label
-    rounds = before.rounds if before else ()
+    label = item.label
+    rounds, nodes = (before.rounds, before.nodes) if before else ((), None)
 
     def on_event(event: dict[str, Any]) -> None:
         tell(label, event["step"])
 
     try:
-        values = measure(_request(item, process, options), on_event)
+        values = dict(measure(_request(item, process, options, workdir), on_event))
     except (Moe3dError, OSError, ValueError) as error:  # a ValueError: killed while it was writing a line
         reason = without_paths(" ".join(str(error).split())) or type(error).__name__
         tell(label, reason)
-        return item.case(rounds, status=FAILED, reason=reason)
-    case = item.case((*rounds, read(Round, _plain(values), "")), status=MEASURED)
+        return item.case(rounds, status=FAILED, reason=reason, nodes=nodes)
+    nodes = values.pop("nodes", nodes)
+    case = item.case((*rounds, read(Round, _plain(values), "")), status=MEASURED, nodes=nodes)
     if found := tuple(plausible.findings(case.rounds[-1], case.work, case.weight_bytes)):
         case = dataclasses.replace(case, status=IMPOSSIBLE, reason=plausible.reason(found[0]), findings=found)
         tell(label, f"impossible: {case.reason}")
     return case
 
 
-def _request(item: Planned, process: int, options: Options) -> dict[str, Any]:
+def _request(item: Planned, process: int, options: Options, workdir: Path | None) -> dict[str, Any]:
     return {
         "backend": item.source.backend,
         "source": item.source.source,
         "options": item.source.options,
         "shape": list(item.shape),
+        "types": sorted(item.case(reason="not measured").work),
+        "workdir": str(workdir) if workdir else None,
         "threads": options.threads,
         "seed": options.seed + process,
         "effort": dataclasses.asdict(options.effort),

@@ -4,13 +4,14 @@ A runner does what the backend of `moe3d run` does, with the same code; the test
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from moe3d_deploy.benchmarks.bench.ceilings import onnxruntime_ceilings, torch_ceilings
+from moe3d_deploy.benchmarks.bench.nodes import count_nodes
 from moe3d_deploy.benchmarks.bench.report import WHOLE, Ceilings, DeviceMemory
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.machine import usable_cores
@@ -92,6 +93,9 @@ class Runner(Protocol):
 
     def ceilings(self) -> Ceilings: ...
 
+    def nodes(self) -> int | None:
+        """Of the ONNX file; None where there is none."""
+
 
 def infer(runner: Runner, images: NDArray[Any]) -> tuple[dict[str, float], Outputs]:
     """One run: milliseconds of the runner's stages and of WHOLE, and the outputs in host memory."""
@@ -111,19 +115,43 @@ def infer(runner: Runner, images: NDArray[Any]) -> tuple[dict[str, float], Outpu
 
 
 class TorchRunner(TorchBackend):
-    """The PyTorch backend, step by step."""
+    """The PyTorch backend, step by step.
+
+    precision   a `PrecisionPolicy`'s, by which the weights are cast; the backend itself is float32
+    types       whose ceilings are measured
+    """
 
     stages: tuple[str, ...] = ("upload", "model", "download")
     cuda_graph = False
 
-    def __init__(self, source: str, *, threads: int | None, **options: Any) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        threads: int | None,
+        precision: str = "fp32",
+        types: Sequence[str] = ("float32",),
+        **options: Any,
+    ) -> None:
         torch = load_package("torch")
         if threads is not None:
             torch.set_num_threads(threads)
         super().__init__(source, **options)
+        self._types = tuple(types)
+        if precision != "fp32":
+            self._load = lambda: self._cast(source, precision, options).to(self._device)
         self.threads = int(torch.get_num_threads())
         self.clock: Clock = CudaClock(torch) if self._on_gpu else HostClock()
         self._free_before = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
+
+    @staticmethod
+    def _cast(source: str, precision: str, options: Mapping[str, Any]) -> Any:
+        """The model with the weights in the types of `precision`."""
+        from moe3d_deploy.checkpoint import load_model, open_checkpoint
+        from moe3d_deploy.export.precision import PrecisionPolicy
+
+        given = {name: options[name] for name in ("seed", "allow_pickle") if name in options}
+        return load_model(open_checkpoint(source, **given), dtype_of=PrecisionPolicy(precision).dtype_of())
 
     @property
     def device(self) -> str:
@@ -169,7 +197,10 @@ class TorchRunner(TorchBackend):
         return DeviceMemory(int(self._free_before - cuda.mem_get_info()[0]), int(cuda.max_memory_allocated()))
 
     def ceilings(self) -> Ceilings:
-        return torch_ceilings(self._device)
+        return torch_ceilings(self._device, types=self._types)
+
+    def nodes(self) -> None:
+        return None
 
 
 class OnnxRunner:
@@ -224,9 +255,33 @@ class OnnxRunner:
     def ceilings(self) -> Ceilings:
         return onnxruntime_ceilings(self.threads)
 
+    def nodes(self) -> int:
+        bundle = self._bundle
+        return sum(map(count_nodes, (bundle.part_paths or {"": bundle.model_path}).values()))
 
-def open_runner(backend: str, source: str, *, threads: int | None, options: Mapping[str, Any]) -> Runner:
-    """The runner of a case; `options` are those of `Session.open`. Raises what the backends raise."""
+
+def open_runner(
+    backend: str,
+    source: str,
+    *,
+    threads: int | None,
+    options: Mapping[str, Any],
+    types: Sequence[str] = ("float32",),
+    size: tuple[int, int] = (0, 0),
+    workdir: str | None = None,
+) -> Runner:
+    """The runner of a case.
+
+    options   of `Session.open`, and of the backend's runner
+    types     in which the case computes
+    size      height and width, for a file of one size; such files go into `workdir`
+
+    Raises what the backends raise.
+    """
     if backend == "onnxruntime":
         return OnnxRunner(source, threads=threads, **options)
-    return TorchRunner(source, threads=threads, **options)
+    if backend == "pytorch":
+        return TorchRunner(source, threads=threads, types=types, **options)
+    from moe3d_deploy.benchmarks.bench.peer_runners import open_peer
+
+    return open_peer(backend, source, threads=threads, options=options, types=types, size=size, workdir=workdir)

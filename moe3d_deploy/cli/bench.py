@@ -1,27 +1,24 @@
 """`moe3d bench`: latency, memory and ceilings of models on this machine; reports, and comparisons of them."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moe3d_deploy.cli.arguments import comma_list, given_flags
-from moe3d_deploy.cli.plan import parse_shapes
-from moe3d_deploy.cli.progress import Progress
+from moe3d_deploy.cli.arguments import given_flags
+from moe3d_deploy.cli.bench_parts import Part, measure_parts
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from moe3d_deploy.benchmarks.bench.cases import Planned
     from moe3d_deploy.benchmarks.bench.report import Report
-    from moe3d_deploy.benchmarks.bench.run import Options
 
 _OF_MEASURING = (
     "shapes", "views", "backends", "threads", "runs", "budget", "processes", "seed", "view_chunk", "plugin",
-    "allow_pickle",
+    "allow_pickle", "cases", "peers", "scaling", "parity", "price", "experts", "everything",
 )  # fmt: skip
+_INSTEAD_OF_CASES: tuple[str, ...] = ("price", "parity")  # flags of parts which, named alone, are all that is measured
 
 
 @click.command("bench", short_help="Measure latency and memory of bundles, checkpoints and presets on this machine")
@@ -45,6 +42,19 @@ _OF_MEASURING = (
     "--processes", type=click.IntRange(min=1), default=3, show_default=True,
     help="Among which a case's runs are shared; every one loads the model. --compare needs two or more.",
 )  # fmt: skip
+@click.option("--cases", is_flag=True, help="Latency, memory and ceilings: what is measured unless a part is named.")
+@click.option(
+    "--peers", is_flag=True,
+    help="Beside each SOURCE what else runs it: 16 bits, torch.compile, the widespread export, engines.",
+)  # fmt: skip
+@click.option("--scaling", is_flag=True, help="Also a sweep over views and one over sizes: how time and memory grow.")
+@click.option("--price", is_flag=True, help="What the experts add to VGGT's single head, in time and in memory.")
+@click.option(
+    "--experts", metavar="K,...",
+    help="With --price: how many experts the head has; the checkpoint's own number is among them.  [default: 2,4,8]",
+)  # fmt: skip
+@click.option("--parity", is_flag=True, help="How far a checkpoint's backends and precisions are from it in PyTorch.")
+@click.option("--all", "everything", is_flag=True, help="--cases --peers --scaling --price --parity.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Write report.json, .md, .html, plots.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report, or the comparison, as one JSON object.")
 @click.option(
@@ -80,6 +90,13 @@ def bench_command(
     runs: int,
     budget: float,
     processes: int,
+    cases: bool,
+    peers: bool,
+    scaling: bool,
+    price: bool,
+    experts: str | None,
+    parity: bool,
+    everything: bool,
     out: Path | None,
     as_json: bool,
     given: Path | None,
@@ -102,6 +119,8 @@ def bench_command(
     moe3d bench bundle moe3d-tiny --shapes 1x1x196x252 --shapes 1x4x196x252 --out report
     moe3d bench --compare before/report.json after/report.json
     moe3d bench my-moe3d --bisect fp16
+    moe3d bench my-moe3d bundle --parity --out report
+    moe3d bench my-moe3d bundle --all --out report
     """
     if compare:
         _require_alone("--compare", sources, "report" if given else "", out=out)
@@ -118,18 +137,49 @@ def bench_command(
         _require_alone("--report", sources)
         _rewrite(given, out)
         return
-    from moe3d_deploy.benchmarks.bench.run import Options
+    from moe3d_deploy.cli.bench_cases import CasesPart, plan
 
-    planned = _plan(
-        sources, backends, shapes, views,
-        {"seed": seed, "view_chunk": view_chunk, "plugin": plugin, "allow_pickle": allow_pickle},
-    )  # fmt: skip
-    report = _measure(planned, Options(runs, budget, processes, threads=threads), out)
+    of_models = {"seed": seed, "view_chunk": view_chunk, "plugin": plugin, "allow_pickle": allow_pickle}
+    # In the order in which they are measured. All of them are made, and refuse what they cannot use, before the first.
+    parts: list[Part] = []
+    peers, scaling, price, parity = (flag or everything for flag in (peers, scaling, price, parity))
+    if cases or peers or scaling or everything or not given_flags(*_INSTEAD_OF_CASES):
+        from moe3d_deploy.benchmarks.bench.run import Options, sweep_options
+
+        options = Options(runs, budget, processes, threads=threads)
+        sweep = sweep_options(options) if scaling else None
+        planned = plan(sources, backends, shapes, views, of_models, peers=peers, scaling=sweep)
+        parts.append(CasesPart(planned, options))
+    if experts is not None and not price:
+        raise InputError("--experts is for --price; leave it out")
+    if price:
+        from moe3d_deploy.benchmarks.bench.run import Options
+        from moe3d_deploy.cli.bench_price import PricePart, refuse_unused_by_price
+
+        if not parts:
+            refuse_unused_by_price()
+        options = Options(runs, budget, processes, threads=threads)
+        parts.append(PricePart(sources, shapes, views, experts, backends, options, of_models))
+    if parity:
+        from moe3d_deploy.cli.bench_parity import ParityPart, refuse_unused
+
+        if not parts:
+            refuse_unused(_OF_MEASURING)
+        parts.append(ParityPart(sources, shapes, seed=seed, allow_pickle=allow_pickle))
+    report = measure_parts(parts, out)
     _print(report, as_json)
     if out:
         click.echo(f"written to {out}", err=True)
-    if any(case.status != "measured" for case in report.cases):
+    if not _sound(report):
         click.get_current_context().exit(1)
+
+
+def _sound(report: "Report") -> bool:
+    """Whether all that was asked for was measured, and can be true."""
+    price, parity = report.sections.price, report.sections.parity
+    if price and any(case.status != "measured" for case in price.cases):
+        return False
+    return all(case.status in ("measured", "unavailable") for case in report.cases) and (parity is None or parity.sound)
 
 
 def _require_alone(flag: str, sources: tuple[str, ...], other: str = "", out: Path | None = None) -> None:
@@ -171,68 +221,6 @@ def _rewrite(file: Path, out: Path | None) -> None:
     require_plots()
     paths = write_report(Report.load(file), out)
     click.echo(f"{len(paths)} files in {out}: {', '.join(path.name for path in paths)}")
-
-
-def _plan(
-    sources: tuple[str, ...],
-    backends: tuple[str, ...],
-    shapes: tuple[str, ...],
-    views: str | None,
-    options: dict[str, Any],
-) -> "list[Planned]":
-    from moe3d_deploy.benchmarks.bench.cases import open_source, plan_cases, views_shapes
-    from moe3d_deploy.bundle import is_bundle
-
-    if not sources:
-        raise InputError("nothing to measure; name a bundle, a checkpoint or a preset, such as moe3d-tiny")
-    if shapes and views is not None:
-        raise InputError("--views and --shapes both say what is run; leave one of them out")
-    asked = [shape for text in shapes for shape in parse_shapes(text)]
-    counts = _counts(views) if views is not None else []
-    # With sources of both kinds, what is for PyTorch goes to those that run in it; a bundle alone refuses it.
-    in_pytorch = [source for source in sources if not is_bundle(source)]
-    of_bundles = {"view_chunk": options["view_chunk"]} if in_pytorch else options
-    opened = [
-        open_source(source, backends=backends, **(options if source in in_pytorch else of_bundles))
-        for source in sources
-    ]
-    return plan_cases(opened, asked or (views_shapes(opened, counts) if counts else []))
-
-
-def _counts(text: str) -> list[int]:
-    counts = comma_list(text)
-    if not counts or not all(re.fullmatch("[1-9][0-9]{0,4}", count) for count in counts):
-        raise InputError(f"--views {text!r}: expected numbers of views, such as 1,2,4")
-    return [int(count) for count in counts]
-
-
-def _measure(planned: "list[Planned]", options: "Options", out: Path | None) -> "Report":
-    """Measure; with `out`, everything finished is written there however this ends."""
-    from moe3d_deploy.benchmarks.bench.folder import require_plots, write_data, write_report
-    from moe3d_deploy.benchmarks.bench.run import run_cases
-    from moe3d_deploy.benchmarks.environment import environment
-
-    if out:
-        require_plots()
-        out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before it takes minutes
-    progress, total, done = Progress(), len(planned) * options.processes, 0
-    latest: list[Report] = []
-
-    def keep(report: "Report") -> None:
-        nonlocal done
-        done = sum(len(case.rounds) for case in report.cases)
-        latest[:] = [report]
-        if out:
-            write_data(report, out)
-
-    def tell(label: str, text: str) -> None:
-        progress.report("bench", done, total, f"{label}: {text}")
-
-    try:
-        return run_cases(planned, options, environment=environment(), keep=keep, tell=tell)
-    finally:
-        if out and latest:
-            write_report(latest[0], out)
 
 
 def _print(report: "Report", as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moe3d_deploy.errors import BundleError, Moe3dError, first_line
-from moe3d_deploy.runtime.onnx_operators import for_onnxruntime
+from moe3d_deploy.runtime.onnx_operators import FOLDER_OF_WEIGHTS, for_onnxruntime
 from moe3d_deploy.runtime.packages import load_package
 
 _SEVERITY_FATAL = 4  # of onnxruntime's logger: its errors are raised, and told once
@@ -27,7 +27,7 @@ class OnnxBackend:
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Planning which buffer may be used again takes 3 of 3.5 s to load, and no less memory is the result.
         options.enable_mem_reuse = False
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        options.add_session_config_entry(FOLDER_OF_WEIGHTS, str(model.parent))
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         try:
             data = for_onnxruntime(model.read_bytes())

@@ -10,6 +10,9 @@ length of a text before it, and neither a robot's Python nor C++ needs a protobu
 """
 
 DOMAIN, NAME = "moe3d.kernels", "Moe3dSelfAttention"
+FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's option for a model given as bytes: where the file of its weights is."""
+
 _OF_ONNXRUNTIME = {DOMAIN: "com.microsoft", NAME: "MultiHeadAttention"}
 
 
