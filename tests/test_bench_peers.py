@@ -27,7 +27,9 @@ from moe3d_deploy.benchmarks.bench.peers import plan_peers
 from moe3d_deploy.benchmarks.bench.report import Report
 from moe3d_deploy.benchmarks.bench.run import Options, run_cases
 from moe3d_deploy.benchmarks.bench.runners import TorchRunner, infer, open_runner
+from moe3d_deploy.bundle import add_engine
 from moe3d_deploy.errors import Moe3dError
+from moe3d_deploy.export.contract import DEFAULT_OUTPUTS
 from moe3d_deploy.runtime.session import Session
 
 NO_GPU = "the CUDA driver shows no GPU"
@@ -123,7 +125,7 @@ def test_peers_of_a_bundle_without_engines(tmp_path: Path, monkeypatch: pytest.M
 def test_an_engine_runs_on_a_gpu_at_the_shapes_of_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = of_bundle(tmp_path)
     bundle = write_bundle(tmp_path / "bundle", overwrite=True)
-    bundle.add_engine(example_engine(ENGINE), build_old)
+    add_engine(bundle.path, example_engine(ENGINE), build_old)
     shapes = [(1, 4, 392, 518), (1, 16, 392, 518)]  # the profile has up to 8 views
 
     def engines() -> list[tuple[str, str, str, int, str | None]]:
@@ -217,9 +219,6 @@ def test_the_bf16_peer_has_bf16_weights_where_the_policy_puts_them() -> None:
     expected = {name: tensor.dtype for name, tensor in exports.load("bf16", ("point_map",)).named_parameters()}
     assert types == expected
     assert torch.bfloat16 in types.values()
-    sizes = {kind: sum(runner._loaded().get_parameter(name).numel() for name in types if types[name] == kind)
-             for kind in (torch.bfloat16, torch.float32)}  # fmt: skip
-    assert sizes[torch.bfloat16] > sizes[torch.float32]
     assert runner.weights_bytes() < small_runner().weights_bytes()
     images = random_images(1, 2, 3, 28, 42).numpy()
     found, exact = infer(runner, images)[1], infer(small_runner(), images)[1]
@@ -279,9 +278,9 @@ def test_the_widespread_peer_exports_once_and_runs(tmp_path: Path, monkeypatch: 
     assert isinstance(runner, WidespreadRunner)
     runner.load()
     found, expected = infer(runner, images)[1], Session.open(source).run(images)
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        assert relative_error(found[name], values) < 1e-4, name
+    assert set(found) == set(DEFAULT_OUTPUTS)
+    for name in found:
+        assert relative_error(found[name], expected[name]) < 1e-4, name
     file = tmp_path / "small-28x42" / "model.onnx"
     assert runner.nodes() == count_nodes(file) > 1000
     assert runner.weights_bytes() == sum(item.stat().st_size for item in file.parent.iterdir())
@@ -299,7 +298,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 
 def test_nodes_of_functions_and_of_inner_graphs_are_counted(tmp_path: Path) -> None:
-    """Two calls of a function of three nodes, one of which calls a function of two; an If with one and two: 2 x 4 + 1 + 3."""
+    """Two calls of a function of three nodes, one of which calls a function of two; an If of 1 and 2: 2 x 4 + 1 + 3."""
 
     def node(kind: str, domain: str = "", **attributes: Any) -> Any:
         return helper.make_node(kind, ["x"], ["x"], domain=domain, **attributes)
