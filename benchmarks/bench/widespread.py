@@ -57,9 +57,19 @@ def export_widespread(model: MoE3D, folder: Path, height: int, width: int) -> Pa
                 f"torch {torch.__version__} does not export the widespread form: {first_line(error)}"
             ) from error
         path = folder / MODEL_FILE
-        # Beyond 2 GB the exporter writes a file for every weight; they become one.
-        ir.save(ir.load(traced), path, external_data=f"{path.name}.data")
+        # Beyond 2 GB the exporter writes a file for every weight, and for constants of nodes; the weights become one.
+        loaded = ir.load(traced)
+        _bring_in_constants(loaded)
+        ir.save(loaded, path, external_data=f"{path.name}.data")
     return path
+
+
+def _bring_in_constants(model: ir.Model) -> None:
+    """Into the file, where they are otherwise: `ir.save` writes weights anew, and leaves what nodes hold as it is."""
+    for node in model.graph.all_nodes():
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, ir.tensor(attribute.value.numpy().copy()))
 
 
 def export_in_child(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
