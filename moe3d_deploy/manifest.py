@@ -126,6 +126,9 @@ class Range:
         _require(self.min > 0 and self.step > 0, "min", "and step must be positive")
         _require(self.max is None or self.max >= self.min, "max", "must not be below min")
 
+    def __contains__(self, value: int) -> bool:
+        return self.min <= value <= (value if self.max is None else self.max) and (value - self.min) % self.step == 0
+
 
 @dataclass(frozen=True)
 class ShapeRanges:
@@ -141,6 +144,11 @@ class ShapeRanges:
         """Everything that a model takes: any number of scenes and views, sides in whole patches."""
         pixels = Range(min=config.patch_size, max=None, step=config.patch_size)
         return cls(batch=Range(1, None), views=Range(1, None), height=pixels, width=pixels)
+
+    def takes(self, shape: tuple[int, int, int, int]) -> bool:
+        """Whether the file takes images of `shape` (B, S, H, W)."""
+        axes = (self.batch, self.views, self.height, self.width)
+        return all(size in axis for size, axis in zip(shape, axes, strict=True))
 
 
 @dataclass(frozen=True)

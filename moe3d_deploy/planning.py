@@ -70,8 +70,7 @@ class Setup:
 
     def takes(self, shape: Shape4) -> bool:
         """Whether the file takes this shape."""
-        axes = (self.allowed.batch, self.allowed.views, self.allowed.height, self.allowed.width)
-        return all(size in _values(axis, size) for axis, size in zip(axes, shape, strict=True))
+        return self.allowed.takes(shape)
 
     @functools.cached_property
     def weight_bytes(self) -> int:

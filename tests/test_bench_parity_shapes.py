@@ -8,10 +8,10 @@ from exports import MOE
 from manifests import example_engine
 
 from moe3d_deploy.benchmarks.bench.parity_inputs import images_of
-from moe3d_deploy.benchmarks.bench.parity_shapes import default_shapes, estimated_seconds, in_profiles, in_ranges
+from moe3d_deploy.benchmarks.bench.parity_shapes import default_shapes, estimated_seconds, in_profiles
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES
-from moe3d_deploy.manifest import Profile, Range, ShapeRanges
+from moe3d_deploy.manifest import Profile
 
 ONE_PATCH = dataclasses.replace(MOE, img_size=MOE.patch_size)  # at whose own size there is one that is verified
 CONFIGS = {**PRESETS, "small": MOE, "one patch": ONE_PATCH}
@@ -47,22 +47,6 @@ def test_a_variant_of_the_big_model_takes_minutes_by_estimate() -> None:
 def test_the_estimate_is_the_work_over_the_rate() -> None:
     """VGGT at one view of 518x518 is 3.3 to 3.5 TFLOP with all its heads but the point head."""
     assert estimated_seconds(BIG, [(1, 1, 518, 518)]) == pytest.approx(17, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("shape", "taken"),
-    [
-        ((1, 2, 28, 42), True),
-        ((2, 2, 28, 42), False),
-        ((1, 5, 28, 42), False),
-        ((1, 4, 28, 700), True),
-        ((1, 2, 35, 42), False),
-        ((1, 2, 14, 42), False),
-    ],
-)
-def test_a_bundle_takes_what_its_ranges_say(shape: tuple[int, int, int, int], taken: bool) -> None:
-    ranges = ShapeRanges(Range(1, 1), Range(1, 4), Range(28, 56, 14), Range(14, None, 14))
-    assert in_ranges(ranges, shape) == taken
 
 
 def test_an_engine_takes_what_one_of_its_profiles_holds() -> None:

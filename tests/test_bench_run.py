@@ -145,7 +145,7 @@ def test_a_16_bit_bundle_is_held_to_float32_on_a_cpu() -> None:
     case = item.case(reason="not measured")
     assert case.work == {"float32": costs.total_flops(TINY, 1, 196, 252)}
     assert case.weight_bytes < costs.weight_bytes(TINY)
-    assert case.predicted.activations_bytes == activation_bytes(TINY, SHAPES[0], form="explicit")
+    assert case.predicted.activations_bytes == activation_bytes(TINY, SHAPES[0], form="fused")
 
 
 def test_default_shapes_are_those_that_the_bundle_takes() -> None:

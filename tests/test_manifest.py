@@ -13,7 +13,7 @@ from manifests import ENGINE, example_engine, example_manifest
 
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import BundleError
-from moe3d_deploy.manifest import FORMAT_VERSION, FileEntry, Manifest, Verification
+from moe3d_deploy.manifest import FORMAT_VERSION, FileEntry, Manifest, Range, ShapeRanges, Verification
 from moe3d_deploy.strict_json import MAX_BYTES, MAX_DEPTH
 
 
@@ -338,3 +338,19 @@ def test_a_manifest_with_any_text_spoiled_is_read_or_refused(edits: list[tuple[i
     for start, length, insert in edits:
         text = text[:start] + insert + text[start + length :]
     accepts_or_refuses(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((1, 2, 28, 42), True),
+        ((2, 2, 28, 42), False),
+        ((1, 5, 28, 42), False),
+        ((1, 4, 28, 700), True),
+        ((1, 2, 35, 42), False),
+        ((1, 2, 14, 42), False),
+    ],
+)
+def test_a_file_takes_what_its_ranges_say(shape: tuple[int, int, int, int], taken: bool) -> None:
+    ranges = ShapeRanges(Range(1, 1), Range(1, 4), Range(28, 56, 14), Range(14, None, 14))
+    assert ranges.takes(shape) == taken

@@ -58,19 +58,12 @@ class Source:
         """1, 2 and 4 views at the model's usual size, or of a bundle those that it takes, or its smallest."""
         usual = planning.usual_shapes(self.config)[:_DEFAULT_SHAPES]
         axes = (self.ranges.batch, self.ranges.views, self.ranges.height, self.ranges.width)
-        return [shape for shape in usual if self.takes(shape)] or [tuple(axis.min for axis in axes)]  # type: ignore[list-item]
-
-    def takes(self, shape: Shape) -> bool:
-        axes = (self.ranges.batch, self.ranges.views, self.ranges.height, self.ranges.width)
-        return all(
-            axis.min <= size <= (size if axis.max is None else axis.max) and (size - axis.min) % axis.step == 0
-            for axis, size in zip(axes, shape, strict=True)
-        )
+        return [shape for shape in usual if self.ranges.takes(shape)] or [tuple(axis.min for axis in axes)]  # type: ignore[list-item]
 
     def check(self, shape: Shape) -> None:
         """Raise InputError for a shape that the model or the bundle does not take."""
         costs.check_shape(self.config, shape)
-        if not self.takes(shape):
+        if not self.ranges.takes(shape):
             raise InputError(
                 f"shape {'x'.join(map(str, shape))}: {self.kind} {self.source} does not take it; "
                 f"it takes {_ranges_text(self.ranges)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe3d_deploy import costs
 from moe3d_deploy.benchmarks.bench.parity import COMPARED, NOT_RUN, Shape, Variant
-from moe3d_deploy.benchmarks.bench.parity_shapes import default_shapes, in_profiles, in_ranges
+from moe3d_deploy.benchmarks.bench.parity_shapes import default_shapes, in_profiles
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import InputError
@@ -187,7 +187,7 @@ def _of_bundle(bundle: Bundle, weights: str) -> PlannedVariant:
         weights,
         {"kind": "bundle", "path": str(bundle.path)},
         _outputs(manifest),
-        left_out=lambda shape: None if in_ranges(manifest.shape_ranges, shape) else "not in the bundle's range",
+        left_out=lambda shape: None if manifest.shape_ranges.takes(shape) else "not in the bundle's range",
     )
     if manifest.only_in_tensorrt:
         return _not_run(planned, "ONNX Runtime has no bf16 kernels on a CPU: an engine runs this bundle, on a GPU")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from moe3d_deploy import costs
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES
-from moe3d_deploy.manifest import EngineRecord, ShapeRanges
+from moe3d_deploy.manifest import EngineRecord
 
 Shape = tuple[int, int, int, int]
 
@@ -53,15 +53,6 @@ def estimated_seconds(config: ModelConfig, shapes: Sequence[Shape]) -> float:
     """Of a variant, from `costs` alone: loading and the figures come on top."""
     return sum(sum(costs.flops_by_type(config, shape, costs.all_float32).values()) for shape in shapes) / (
         ESTIMATED_FLOPS_PER_SECOND
-    )
-
-
-def in_ranges(ranges: ShapeRanges, shape: Shape) -> bool:
-    """Whether a bundle takes the shape."""
-    axes = (ranges.batch, ranges.views, ranges.height, ranges.width)
-    return all(
-        axis.min <= size <= (size if axis.max is None else axis.max) and (size - axis.min) % axis.step == 0
-        for axis, size in zip(axes, shape, strict=True)
     )
 
 

@@ -30,7 +30,7 @@ def plan_peers(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Plann
     for source in sources:
         given = list(dict.fromkeys(shapes or source.default_shapes()))
         for peer, missing in _of_checkpoint(source, sources) if source.kind != "bundle" else _of_bundle(source):
-            fitting = [shape for shape in given if peer.takes(shape)]
+            fitting = [shape for shape in given if peer.ranges.takes(shape)]
             if missing:
                 planned.append(Planned(peer, given[0], missing, peer=True))
             elif not fitting:

@@ -54,7 +54,7 @@ def _sides(source: Source, shares: Sequence[float]) -> list[int]:
 
 def _taken(source: Source, rows: Sequence[Sequence[Shape]]) -> list[list[Shape]]:
     """Of every row what the source takes, where that is enough for a fit."""
-    taken = [[shape for shape in row if source.takes(shape)] for row in rows]
+    taken = [[shape for shape in row if source.ranges.takes(shape)] for row in rows]
     return [row for row in taken if len(row) >= FEWEST_POINTS]
 
 
