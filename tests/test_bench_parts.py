@@ -124,6 +124,20 @@ def test_scaling_adds_two_sweeps_of_one_process_and_says_with_what_options(
     assert values["options"]["scaling"]["runs"] == 3
 
 
+def test_scaling_alone_measures_its_sweeps_and_nothing_else(
+    requests: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The usual shapes at the model's own size would take many times as long as both sweeps."""
+    alone, beside = [], []
+    for flags, found in ((["--scaling"], alone), (["--scaling", "--cases"], beside)):
+        assert main(["bench", "moe3d-tiny", *flags, "--json"]) == 0
+        cases = Report.from_json(capsys.readouterr().out.encode(), "stdout").cases
+        found.extend((case.shape, len(case.rounds)) for case in cases)
+    assert {rounds for _, rounds in alone} == {1}
+    assert set(alone) < set(beside)
+    assert [rounds for _, rounds in beside[:3]] == [3, 3, 3]
+
+
 def test_a_shape_that_is_asked_for_and_in_a_sweep_is_one_case(
     requests: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

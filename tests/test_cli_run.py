@@ -94,7 +94,7 @@ def test_the_written_depth_is_the_models(run: Callable[..., int], tmp_path: Path
     images = [Image.open(photos / name) for name in ("left.png", "right.png")]
     small = [np.asarray(image.resize((42, 28), Image.Resampling.BICUBIC)) for image in images]  # VGGT's resampling
     scene = np.stack(small).transpose(0, 3, 1, 2)[None].astype(np.float32) / 255
-    np.testing.assert_allclose(depth, exports.bundle().exported.run(scene)["depth"][0], rtol=1e-5)
+    np.testing.assert_allclose(depth, exports.bundle().exported.in_the_runtime(scene)["depth"][0], rtol=1e-5)
 
 
 def test_a_checkpoint_runs_in_pytorch_with_more_outputs(

@@ -106,7 +106,7 @@ def test_the_recorded_errors_are_those_of_the_file_in_the_bundle() -> None:
     case = next(c for c in exports.bundle().report.bundle.manifest.verification.cases if c["shape_in_patches"][1] == 9)
     images = verify.images_for(tuple(case["shape_in_patches"]), 14)
     exported = exports.bundle().exported
-    again = verify.errors(exported.run(images), exported.reference(images))
+    again = verify.errors(exported.in_the_runtime(images), exported.reference(images))
     for name, error in case["errors"]["executed"].items():
         assert again[name]["mean"] == pytest.approx(error["mean"], rel=0.02), name
 

@@ -26,6 +26,7 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.export.verify import SHAPES_IN_PATCHES, Shape, images_for
 from moe3d_deploy.model import MoE3D
+from moe3d_deploy.runtime.onnx_operators import DOMAIN
 
 # ---- the shapes
 
@@ -241,7 +242,7 @@ def test_verification_refuses_a_model_that_treats_one_view_apart(
     file = {entry.name: entry for entry in blind.path.iterdir()}
     assert blind.manifest.verification.status == "passed"
     assert in_this_process == ["export_stage", "reference", "executed"]
-    assert {node.domain for node in onnx.load(file["model.onnx"]).graph.node} == {""}  # and no experts, no ExpertMix
+    assert {node.domain for node in onnx.load(file["model.onnx"]).graph.node} == {"", DOMAIN}  # and no ExpertMix
 
     def write_again(request: dict[str, Any], emit: Any) -> dict[str, Any]:
         """The same model gives the same file: spares a second trace."""

@@ -26,6 +26,8 @@ from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.files import sha256_file
 from moe3d_deploy.manifest import Tensor
+from moe3d_deploy.runtime.onnx_operators import DOMAIN as ATTENTION_DOMAIN
+from moe3d_deploy.runtime.onnx_operators import NAME as ATTENTION
 from moe3d_deploy.runtime.session import Session
 
 BUNDLES = {"heads": splits.heads, "encoder": splits.encoder}
@@ -108,9 +110,10 @@ def test_no_weight_is_in_both_files_and_none_is_lost(split: str) -> None:
 def test_the_expert_mix_is_in_the_file_that_computes_it(split: str) -> None:
     bundle = BUNDLES[split]()
     first, second = (onnx.load(bundle.path / file, load_external_data=False) for file in bundle.manifest.model_files)
-    assert not first.functions
-    assert [function.name for function in second.functions] == ["ExpertMix"]
-    assert {entry.domain for entry in first.opset_import} == {""}
+    attention = [] if split == "heads" else [ATTENTION]
+    assert [function.name for function in first.functions] == [ATTENTION]
+    assert [function.name for function in second.functions] == [*attention, "ExpertMix"]
+    assert {entry.domain for entry in first.opset_import} == {"", ATTENTION_DOMAIN}
 
 
 @pytest.mark.full
@@ -126,7 +129,7 @@ def test_the_files_are_the_same_bytes_again() -> None:
 @pytest.mark.parametrize("shape", splits.SHAPES)
 def test_two_files_compute_what_one_does(split: str, shape: tuple[int, int, int, int]) -> None:
     images = verify.images_for(shape, MOE.patch_size)
-    expected = splits.single(split).run(images)
+    expected = splits.single(split).in_the_runtime(images)
     found = session(split).run(images)
     assert list(found) == list(expected)
     for name, values in expected.items():

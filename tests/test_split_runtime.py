@@ -50,9 +50,9 @@ class Counted:
 
 
 def test_the_heads_see_as_many_views_at_a_time_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = images(2, 5, 1, 2)
+    scene, one_by_one = images(2, 5, 1, 2), session("heads")  # made, and verified, before anything is counted
     counted = Counted(monkeypatch)
-    session("heads").run(scene)
+    one_by_one.run(scene)
     assert counted.chunks == {"tokens_0": [10], "depth": [1] * 10}
     counted.chunks.clear()
     Session.open(splits.heads().path, view_chunk=4).run(scene)

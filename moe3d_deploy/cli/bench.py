@@ -47,7 +47,7 @@ _INSTEAD_OF_CASES: tuple[str, ...] = ("price", "parity")  # flags of parts which
     "--peers", is_flag=True,
     help="Beside each SOURCE what else runs it: 16 bits, torch.compile, the widespread export, engines.",
 )  # fmt: skip
-@click.option("--scaling", is_flag=True, help="Also a sweep over views and one over sizes: how time and memory grow.")
+@click.option("--scaling", is_flag=True, help="How time and memory grow: a sweep over views and one over sizes.")
 @click.option("--price", is_flag=True, help="What the experts add to VGGT's single head, in time and in memory.")
 @click.option(
     "--experts", metavar="K,...",
@@ -148,7 +148,8 @@ def bench_command(
 
         options = Options(runs, budget, processes, threads=threads)
         sweep = sweep_options(options) if scaling else None
-        planned = plan(sources, backends, shapes, views, of_models, peers=peers, scaling=sweep)
+        usual = cases or peers or everything or not scaling
+        planned = plan(sources, backends, shapes, views, of_models, usual=usual, peers=peers, scaling=sweep)
         parts.append(CasesPart(planned, options))
     if experts is not None and not price:
         raise InputError("--experts is for --price; leave it out")

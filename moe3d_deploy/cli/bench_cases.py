@@ -67,11 +67,13 @@ def plan(
     views: str | None,
     options: dict[str, Any],
     *,
+    usual: bool = True,
     peers: bool = False,
     scaling: Options | None = None,
 ) -> list[Planned]:
     """The cases of a command line. Raises InputError where they make no sense.
 
+    usual     without shapes or views take each source's own; else there are none but those of `scaling`
     peers     add those of every source
     scaling   add a sweep over views and one over sizes of every source, measured with these options
     """
@@ -92,7 +94,7 @@ def plan(
         for source in sources
     ]
     wanted = asked or (views_shapes(opened, counts) if counts else [])
-    planned = plan_cases(opened, wanted)
+    planned = plan_cases(opened, wanted) if wanted or usual else []
     if peers:
         from moe3d_deploy.benchmarks.bench.peers import plan_peers
 
