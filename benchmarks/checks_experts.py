@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe3d_deploy.benchmarks import torch_device
+from moe3d_deploy.benchmarks.bench.price_forms import random_levels
 from moe3d_deploy.benchmarks.checks import CheckRun
 from moe3d_deploy.benchmarks.timing import Effort, interleave
 from moe3d_deploy.config import PRESETS, ModelConfig, MoeConfig
@@ -51,18 +52,11 @@ def compare_heads(
         run.step(f"generating {precision} weights")
         single, mixed = (_head(replace(config, moe=m), precision).to(device) for m in (None, moe))
         for count in views:
-            for part, calls in _calls(single, mixed, _levels(config, count, grid, device), grid):
+            for part, calls in _calls(single, mixed, random_levels(config, count, grid, device, seed=count), grid):
                 run.step(f"{precision}, {count} views, {part}")
                 found = _compare(run, f"{precision}, {count} views, {part}", calls, device, effort)
                 cases.append({"precision": precision, "views": count, "part": part, **found})
                 run.record(cases=cases)
-
-
-def _levels(config: ModelConfig, views: int, grid: Grid, device: torch.device) -> list[Tensor]:
-    """Random patch tokens (views, P, D) of the four depths."""
-    generator = torch.Generator(device).manual_seed(views)
-    shape = (views, grid.h * grid.w, config.dpt_head.dim_in)
-    return [torch.randn(shape, device=device, generator=generator) for _ in range(4)]
 
 
 def _calls(single: DptHead, mixed: DptHead, levels: list[Tensor], grid: Grid) -> Iterator[tuple[str, _Pair]]:

@@ -53,10 +53,10 @@ Progress = Callable[[str], None]
 def prepare(
     model: MoE3D, *, merge: bool, outputs: Sequence[str] = (), opset: int = OPSET, input_type: str = "float32"
 ) -> ExportModule:
-    """Turn a loaded model into its deployment form, in place: explicit attention, merged experts as one node.
+    """Turn a loaded model into its deployment form, in place: attention and merged experts as nodes with functions.
 
-    From ATTENTION_OPSET on, attention of encoder and aggregator is one operator. The camera head's stays explicit: it
-    is float32, for which no builder has a kernel of the whole.
+    From ATTENTION_OPSET on, attention of encoder and aggregator is ONNX's operator. The camera head's stays a function:
+    it is float32, for which no builder has a kernel of the whole.
     """
     check_outputs(model.config, outputs)
     if "expert_depths" in outputs:

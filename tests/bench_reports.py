@@ -6,6 +6,8 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from moe3d_deploy.benchmarks.bench.report import (
     Case,
     Cases,
@@ -18,6 +20,7 @@ from moe3d_deploy.benchmarks.bench.report import (
     Sections,
     Shape,
 )
+from moe3d_deploy.cli.main import main
 from moe3d_deploy.config import PRESETS
 
 ENVIRONMENT: dict[str, Any] = {
@@ -100,3 +103,12 @@ def a_report(*cases: Case, environment: Mapping[str, Any] | None = None, complet
     models = {"moe3d-tiny": PRESETS["moe3d-tiny"].to_dict()}
     about = {**ENVIRONMENT, **(environment or {})}
     return Report(complete, "2026-11-21T00:00:00+00:00", about, Sections(Cases(models, {"runs": 3}, tuple(cases))))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that `moe3d bench` writes before it ends with 2."""
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err

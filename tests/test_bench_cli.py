@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_reports import a_case, a_report, a_round
+from bench_reports import a_case, a_report, a_round, refused
 
 from moe3d_deploy.benchmarks.bench import folder, run
 from moe3d_deploy.benchmarks.bench.report import Report
@@ -34,14 +34,6 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
 def instead(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
     monkeypatch.setattr(run.run_cases, "__kwdefaults__", {**(run.run_cases.__kwdefaults__ or {}), "measure": measure})
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["bench", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_tables_are_printed(measured: list[Request], capsys: pytest.CaptureFixture[str]) -> None:

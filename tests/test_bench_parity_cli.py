@@ -6,6 +6,7 @@ from typing import Any
 
 import exports
 import pytest
+from bench_reports import refused
 from bundles import write_bundle
 from parities import in_process
 
@@ -28,14 +29,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
 def instead(monkeypatch: pytest.MonkeyPatch, measure: Any) -> None:
     options = parity_run.run_parity.__kwdefaults__ or {}
     monkeypatch.setattr(parity_run.run_parity, "__kwdefaults__", {**options, "measure": measure})
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["bench", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 def test_tables_are_printed_and_nothing_else_is_measured(small: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,10 @@ from typing import Any
 
 import bundles
 import pytest
-from click.testing import CliRunner, Result
 from manifests import example_manifest
+from test_cli_plan import run, text
 
 from moe3d_deploy.bundle import BundleWriter
-from moe3d_deploy.cli.plan import plan_command
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.export.parts import parts_of
@@ -22,16 +21,6 @@ from moe3d_deploy.memory_split import split_activation_bytes, split_memory
 
 TINY = replace(PRESETS["moe3d-tiny"], point_head=False)
 SHAPE = (1, 16, 252, 252)
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(plan_command, [str(arg) for arg in args])
-
-
-def text(*args: object) -> str:
-    result = run(*args)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
 
 
 def shape_of(*args: object) -> dict[str, Any]:

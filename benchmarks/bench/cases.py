@@ -168,6 +168,11 @@ class Planned:
         )
 
 
+def same_model(first: ModelConfig, second: ModelConfig) -> bool:
+    """Whether two models are one but for the point head, which an export may leave out."""
+    return dataclasses.replace(first, point_head=False) == dataclasses.replace(second, point_head=False)
+
+
 def plan_cases(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Planned]:
     """Every source on every shape; without shapes on its own usual ones. Raises InputError for one that does not fit,
     and for two cases that would have the same name."""

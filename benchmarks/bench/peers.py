@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe3d_deploy import cuda_driver
-from moe3d_deploy.benchmarks.bench.cases import Planned, Source
+from moe3d_deploy.benchmarks.bench.cases import Planned, Source, same_model
 from moe3d_deploy.benchmarks.bench.report import Shape
 from moe3d_deploy.bundle import Bundle
-from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.manifest import BUILDERS, EngineRecord, Range, ShapeRanges
 from moe3d_deploy.runtime.packages import load_package
 
@@ -70,7 +69,7 @@ def _of_checkpoint(source: Source, sources: Sequence[Source]) -> Iterator[tuple[
     lacking = [name for name in ("onnxruntime", "onnx", "onnxscript") if not importlib.util.find_spec(name)]
     why = f"{lacking[0]} is not installed: pip install 'moe3d-deploy[export,cpu]'" if lacking else None
     yield widespread, why
-    bundles = [other for other in sources if other.kind == "bundle" and _same(other.config, source.config)]
+    bundles = [other for other in sources if other.kind == "bundle" and same_model(other.config, source.config)]
     if not bundles:
         bundle = dataclasses.replace(source, kind="bundle", backend="onnxruntime", weights=small, config=small)
         yield bundle, f"no bundle of this model was named; make one: moe3d-export {source.name} -o bundle"
@@ -100,11 +99,6 @@ def _ranges(record: EngineRecord, source: Source) -> ShapeRanges:
     steps = (1, 1, patch, patch)
     axes = (Range(a, b, step) for a, b, step in zip(low, high, steps, strict=True))
     return ShapeRanges(*axes)
-
-
-def _same(first: ModelConfig, second: ModelConfig) -> bool:
-    """Whether two models are one but for the point head, which an export may leave out."""
-    return dataclasses.replace(first, point_head=False) == dataclasses.replace(second, point_head=False)
 
 
 def _torch_sees_gpu() -> bool:

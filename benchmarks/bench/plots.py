@@ -1,4 +1,4 @@
-"""Plots of a report as SVG: latency and memory against views, a roofline. The one importer of matplotlib.
+"""Plots of a report as SVG: latency and memory against views, a roofline. Every figure is made by `svg`.
 
 The same report gives the same bytes. Text stays text, in the reader's font; ink is `currentColor`, so that a page can
 set it for a light and a dark background.
@@ -108,12 +108,7 @@ def _roofline(axes: Any, cases: Sequence[Case]) -> None:
     for (label, group), style in zip(_lines(cases), _styles(), strict=False):
         places = [(figures.intensity(case), figures.reached_flops(case) / 1e9) for case in group]
         axes.plot(*zip(*places, strict=True), label=label, **{**style, "linestyle": "none"})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    log_scales(axes)
     axes.set_title("Roofline: what was reached, below measured ceilings")
     axes.set_xlabel("FLOP for every byte that has to move")
     axes.set_ylabel("GFLOP/s")
@@ -145,6 +140,16 @@ def _against_views(axes: Any, cases: Sequence[Case]) -> None:
     axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
     axes.set_ylim(0, 1.05 * axes.dataLim.y1)
     finish(axes)
+
+
+def log_scales(axes: Any) -> None:
+    """Logarithms both ways, with plain numbers at 1, 2, 5."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def finish(axes: Any) -> None:

@@ -1,7 +1,6 @@
 """Which heads are compared, and measuring them: every case in processes of its own, in turns."""
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe3d_deploy import costs
-from moe3d_deploy.benchmarks.bench.cases import Source, views_shapes
+from moe3d_deploy.benchmarks.bench.cases import Source, same_model, views_shapes
 from moe3d_deploy.benchmarks.bench.price import (
     BUNDLE,
     FAILED,
@@ -26,8 +25,7 @@ from moe3d_deploy.benchmarks.bench.price import (
     Shape,
 )
 from moe3d_deploy.benchmarks.bench.price_agreement import LIMITS
-from moe3d_deploy.benchmarks.bench.run import Options, Tell
-from moe3d_deploy.benchmarks.environment import without_paths
+from moe3d_deploy.benchmarks.bench.run import Options, Tell, as_json_has_it, reason_of
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.child import Emit, run_in_child
 from moe3d_deploy.config import ModelConfig, MoeConfig
@@ -81,7 +79,7 @@ def plan_price(
     Raises InputError for what does not fit, MissingExtraError where a package is missing.
     """
     for bundle in bundles:
-        if _without_points(bundle.config) != _without_points(checkpoint.config):
+        if not same_model(bundle.config, checkpoint.config):
             raise InputError(
                 f"bundle {bundle.source} has another config than {checkpoint.source}, and --price compares heads of "
                 "one model; leave it out, or export it again"
@@ -264,7 +262,7 @@ def _exported(count: int, request: dict[str, Any], folder: Path, export: Child, 
     try:
         return export({**request, "folder": str(into)}, lambda event: tell(label, event["step"]))
     except (Moe3dError, OSError, ValueError) as error:
-        tell(label, reason := _reason(error))
+        tell(label, reason := reason_of(error))
         return reason
 
 
@@ -277,15 +275,7 @@ def _measured(
     try:
         values = measure({**request, "files": files}, lambda event: tell(case.label, event["step"]))
     except (Moe3dError, OSError, ValueError) as error:  # a ValueError: killed while it was writing a line
-        tell(case.label, reason := _reason(error))
+        tell(case.label, reason := reason_of(error))
         return dataclasses.replace(case, status=FAILED, reason=reason)
-    found = read(PriceRound, json.loads(json.dumps(values)), "")
+    found = read(PriceRound, as_json_has_it(values), "")
     return dataclasses.replace(case, status=MEASURED, reason=None, rounds=(*case.rounds, found))
-
-
-def _reason(error: Exception) -> str:
-    return without_paths(" ".join(str(error).split())) or type(error).__name__
-
-
-def _without_points(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, point_head=False)

@@ -125,11 +125,11 @@ def _measured(
     try:
         values = dict(measure(_request(item, process, options, workdir), on_event))
     except (Moe3dError, OSError, ValueError) as error:  # a ValueError: killed while it was writing a line
-        reason = without_paths(" ".join(str(error).split())) or type(error).__name__
+        reason = reason_of(error)
         tell(label, reason)
         return item.case(rounds, status=FAILED, reason=reason, nodes=nodes)
     nodes = values.pop("nodes", nodes)
-    case = item.case((*rounds, read(Round, _plain(values), "")), status=MEASURED, nodes=nodes)
+    case = item.case((*rounds, read(Round, as_json_has_it(values), "")), status=MEASURED, nodes=nodes)
     if found := tuple(plausible.findings(case.rounds[-1], case.work, case.weight_bytes)):
         case = dataclasses.replace(case, status=IMPOSSIBLE, reason=plausible.reason(found[0]), findings=found)
         tell(label, f"impossible: {case.reason}")
@@ -152,8 +152,13 @@ def _request(item: Planned, process: int, options: Options, workdir: Path | None
     }
 
 
-def _plain(values: Any) -> Any:
+def as_json_has_it(values: Any) -> Any:
     """Tuples as the lists that JSON has."""
     if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    return [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values
+        return {key: as_json_has_it(value) for key, value in values.items()}
+    return [as_json_has_it(value) for value in values] if isinstance(values, (list, tuple)) else values
+
+
+def reason_of(error: Exception) -> str:
+    """Why something has no figure, in one line without paths of this machine."""
+    return without_paths(" ".join(str(error).split())) or type(error).__name__

@@ -4,10 +4,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
 from moe3d_deploy.benchmarks.bench import figures
-from moe3d_deploy.benchmarks.bench.plots import COLOURS, INK, finish, svg
+from moe3d_deploy.benchmarks.bench.plots import COLOURS, INK, finish, log_scales, svg
 from moe3d_deploy.benchmarks.bench.report import Case
 from moe3d_deploy.benchmarks.bench.scaling import PIXELS, VIEWS, Sweep, sweeps
 
@@ -32,12 +30,7 @@ def _draw(axes: Any, found: Sequence[Sweep]) -> None:
         line = [times[0] * item / work[0] for item in work]
         axes.plot(sweep.places, line, color=colour, linestyle=":", linewidth=1.5)
     axes.plot([], [], color=INK, linestyle=":", label="FLOP, through the first point")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    log_scales(axes)
     kind = found[0].axis
     axes.set_title(f"Growth with {kind}: median of a run, and the arithmetic")
     axes.set_xlabel(_LABELS[kind])

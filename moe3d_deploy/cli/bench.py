@@ -137,16 +137,15 @@ def bench_command(
         _require_alone("--report", sources)
         _rewrite(given, out)
         return
+    from moe3d_deploy.benchmarks.bench.run import Options, sweep_options
     from moe3d_deploy.cli.bench_cases import CasesPart, plan
 
+    options = Options(runs, budget, processes, threads=threads)
     of_models = {"seed": seed, "view_chunk": view_chunk, "plugin": plugin, "allow_pickle": allow_pickle}
     # In the order in which they are measured. All of them are made, and refuse what they cannot use, before the first.
     parts: list[Part] = []
     peers, scaling, price, parity = (flag or everything for flag in (peers, scaling, price, parity))
     if cases or peers or scaling or everything or not given_flags(*_INSTEAD_OF_CASES):
-        from moe3d_deploy.benchmarks.bench.run import Options, sweep_options
-
-        options = Options(runs, budget, processes, threads=threads)
         sweep = sweep_options(options) if scaling else None
         usual = cases or peers or everything or not scaling
         planned = plan(sources, backends, shapes, views, of_models, usual=usual, peers=peers, scaling=sweep)
@@ -154,12 +153,10 @@ def bench_command(
     if experts is not None and not price:
         raise InputError("--experts is for --price; leave it out")
     if price:
-        from moe3d_deploy.benchmarks.bench.run import Options
         from moe3d_deploy.cli.bench_price import PricePart, refuse_unused_by_price
 
         if not parts:
             refuse_unused_by_price()
-        options = Options(runs, budget, processes, threads=threads)
         parts.append(PricePart(sources, shapes, views, experts, backends, options, of_models))
     if parity:
         from moe3d_deploy.cli.bench_parity import ParityPart, refuse_unused
