@@ -59,7 +59,12 @@ def process_group(device: str, share: int) -> Iterator[Group]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Group(dist.get_rank(), processes, chosen)
+        group = Group(dist.get_rank(), processes, chosen)
+        yield group
+        # DistributedDataParallel keeps gloo's threads alive past destroy_process_group (torch 2.13). One of them that
+        # still holds the last gradients when the interpreter ends aborts the process ("terminate called without an
+        # active exception"). A barrier holds no tensor, and the threads drop theirs while it waits.
+        group.barrier()
     finally:
         dist.destroy_process_group()
 
