@@ -98,6 +98,24 @@ CHECKS: tuple[Check, ...] = (
         1800,
         "time, memory and error of the full-size model in PyTorch, float32 and 16-bit, eager and compiled",
     ),
+    Check(
+        "torch_many_views",
+        f"{_HERE}.checks_torch:torch_many_views",
+        600,
+        "does fp16 hold at 47, 48 and 49 views, where attention sums over more keys than fp16 can count?",
+    ),
+    Check(
+        "bench_parity",
+        f"{_HERE}.checks_bench:bench_parity",
+        1800,
+        "how far is the full-size model in 16 bits from float32 on this card, at 41 shapes?",
+    ),
+    Check(
+        "bench_peers",
+        f"{_HERE}.checks_bench:bench_peers",
+        1800,
+        "what does the full-size model take on this card, beside what else runs it?",
+    ),
 )
 
 Tell = Callable[[str], None]

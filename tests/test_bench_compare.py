@@ -120,6 +120,7 @@ def test_one_process_gives_an_interval_and_no_verdict() -> None:
     single = ratio_of_medians([[10.0]], [[11.0]])
     assert single.beyond_noise is None
     assert math.isfinite(single.high)
+    assert str(single) == "+10.0 %, too few runs for an interval: no verdict"
 
 
 def test_a_comparison_has_every_case_of_both() -> None:

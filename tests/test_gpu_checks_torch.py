@@ -77,7 +77,10 @@ CEILINGS = {name: {"tflops": 1e3} for name in ("fp32", "fp16", "bf16")}
 
 
 def run_forms(
-    run: Recorder, ceilings: dict[str, dict[str, float]] | None = None, views: tuple[int, ...] = (2,)
+    run: Recorder,
+    ceilings: dict[str, dict[str, float]] | None = None,
+    views: tuple[int, ...] = (2,),
+    **options: Any,
 ) -> None:
     checks_torch.run_forms(
         run,
@@ -85,10 +88,10 @@ def run_forms(
         "smallest",
         CPU,
         ceilings or CEILINGS,
-        views=views,
-        size=(14, 28),
+        shapes=[(count, 14, 28) for count in views],
         compiler=lambda model: model,
         effort=QUICK,
+        **options,
     )
 
 
@@ -98,6 +101,7 @@ def test_every_form_is_timed_and_compared_with_float32(run: Recorder) -> None:
     cases = run.figures["cases"]
     forms = ["eager fp32", "autocast bf16", "eager fp16", "compiled fp16"]
     assert [(case["form"], case["views"]) for case in cases] == [(form, views) for form in forms for views in (1, 2)]
+    assert {(case["height"], case["width"]) for case in cases} == {(14, 28)}
     for case in cases:
         assert case["finite"] is True
         assert 0 < case["p10_ms"] <= case["median_ms"] <= case["p90_ms"]
@@ -109,10 +113,42 @@ def test_every_form_is_timed_and_compared_with_float32(run: Recorder) -> None:
     assert 1e-5 < fp16 < bf16 < 1e-2
 
 
+def test_forms_and_what_is_compiled_can_be_fewer(run: Recorder) -> None:
+    run_forms(run, views=(1, 2), forms=("eager fp32", "eager fp16"))
+    assert [case["form"] for case in run.figures["cases"]] == ["eager fp32"] * 2 + ["eager fp16"] * 2
+    run_forms(run, views=(1, 2), compiled=[(2, 14, 28)])
+    assert [case["views"] for case in run.figures["cases"] if case["form"] == "compiled fp16"] == [2]
+
+
+def test_the_fastest_16_bit_form_is_held_against_the_goal(run: Recorder) -> None:
+    def case(form: str, views: int, **figures: Any) -> dict[str, Any]:
+        return {"form": form, "views": views, "height": 14, "width": 28, **figures}
+
+    cases = [
+        case("eager fp32", 1, median_ms=1.0),
+        case("eager fp16", 1, median_ms=9.0),
+        case("compiled fp16", 1, median_ms=7.0),
+        case("eager fp16", 8, median_ms=70.0),
+        case("compiled fp16", 8, out_of_memory=True),
+        case("eager fp32", 2, median_ms=1.0),
+    ]
+    checks_torch.judge_goals(run, cases, {(1, 14, 28): 8.0, (8, 14, 28): 60.0, (2, 14, 28): 5.0})
+    assert run.figures["goals"] == [
+        {"shape": [1, 14, 28], "goal_ms": 8.0, "median_ms": 7.0, "form": "compiled fp16", "reached": True},
+        {"shape": [8, 14, 28], "goal_ms": 60.0, "median_ms": 70.0, "form": "eager fp16", "reached": False},
+    ]
+    assert run.notes == ["eager fp16, 8 views of 28x14: 70.0 ms, the goal is 60 ms"]
+
+
+def test_many_views_are_on_both_sides_of_what_fp16_can_count() -> None:
+    tokens = [views * ((height // 14) * (width // 14) + 5) for views, height, width in checks_torch.MANY_VIEWS]
+    assert tokens[0] < torch.finfo(torch.float16).max < tokens[1] < tokens[2]
+
+
 def test_a_rate_above_the_measured_ceiling_is_marked_as_wrong(run: Recorder) -> None:
     run_forms(run, {**CEILINGS, "bf16": {"tflops": 1e-9}})
     assert len(run.failures) == 1
-    assert run.failures[0].startswith("autocast bf16, 2 views: ")
+    assert run.failures[0].startswith("autocast bf16, 2 views of 28x14: ")
     assert "above the measured ceiling, so one of the two is wrong" in run.failures[0]
 
 
@@ -126,8 +162,8 @@ def test_values_that_are_not_finite_fail(run: Recorder, monkeypatch: pytest.Monk
     load = checks_torch._load
     monkeypatch.setattr(checks_torch, "_load", spoilt)
     run_forms(run)
-    assert "eager fp16, 2 views: an output is not finite" in run.failures
-    assert any(line.startswith("eager fp16, 2 views: depth is off by inf") for line in run.failures)
+    assert "eager fp16, 2 views of 28x14: an output is not finite" in run.failures
+    assert any(line.startswith("eager fp16, 2 views of 28x14: depth is off by inf") for line in run.failures)
 
 
 def test_out_of_device_memory_is_a_note_and_the_other_cases_go_on(
@@ -143,7 +179,7 @@ def test_out_of_device_memory_is_a_note_and_the_other_cases_go_on(
     run_forms(run, views=(1, 2))
     assert run.failures == []
     assert [case.get("out_of_memory", False) for case in run.figures["cases"]] == [False, True] * 4
-    assert "eager fp32, 2 views: out of device memory" in run.notes
+    assert "eager fp32, 2 views of 28x14: out of device memory" in run.notes
 
 
 def test_autocast_leaves_residual_stream_heads_and_position_embedding_in_float32() -> None:

@@ -25,6 +25,7 @@ Rounds = Sequence[Sequence[float]]  # the runs of every process
 # of its expansion around the normal distribution's, 1.95996.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _NORMAL = 1.95996
+_NOTHING_KNOWN = 100.0  # a ratio whose interval reaches this says nothing
 
 
 class RatioInterval(NamedTuple):
@@ -35,9 +36,16 @@ class RatioInterval(NamedTuple):
     high: float
     beyond_noise: bool | None
 
+    @property
+    def bounded(self) -> bool:
+        """Whether there were runs enough for an interval that tells something."""
+        return self.high < _NOTHING_KNOWN
+
     def __str__(self) -> str:
         """ "slower by 5.1 % [4.2, 6.0]"."""
         change, low, high = (100 * (value - 1) for value in self[:3])
+        if not self.bounded:
+            return f"{change:+.1f} %, too few runs for an interval: no verdict"
         if self.beyond_noise is None:
             return f"{change:+.1f} % [{low:+.1f}, {high:+.1f}] within one process: no verdict"
         if not self.beyond_noise:

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from moe3d_deploy.benchmarks.bench import peer_tables, scaling_tables
+from moe3d_deploy.benchmarks.bench import parity_tables, peer_tables, price_tables, scaling_tables
 from moe3d_deploy.benchmarks.bench.report import Report
 from moe3d_deploy.benchmarks.bench.text import Table
 
@@ -21,6 +21,19 @@ def growth(values: dict[str, Any]) -> str:
     """Exponents against views and pixels, and where global attention takes over."""
     cases = _report(values).sections.cases
     return "\n\n".join(map(_without_title, scaling_tables.tables(cases.cases, cases.models) if cases else []))
+
+
+def price(values: dict[str, Any]) -> str:
+    """What the experts add in time and in memory, and which forms had no figure."""
+    found = _report(values).sections.price
+    return "\n\n".join(map(_without_title, price_tables.tables(found) if found else []))
+
+
+def parity(values: dict[str, Any]) -> str:
+    """How far every variant is from the reference, over all shapes."""
+    found = _report(values).sections.parity
+    tables = [parity_tables.summary(found), parity_tables.scenes(found)] if found else []
+    return "\n\n".join(map(_without_title, tables))
 
 
 def _report(values: dict[str, Any]) -> Report:

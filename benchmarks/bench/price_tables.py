@@ -97,15 +97,15 @@ def interval(found: Estimate | None, percent: bool = False) -> str:
 
 
 def _overhead(item: Overhead) -> tuple[str, ...]:
-    case, low_high = item.case, Estimate(*item.ratio[:3])
+    case = item.case
     verdict = ABSENT
     if item.reached is not None:
         verdict = ("reached" if item.reached else "not reached") + ("" if item.sure else ", not beyond noise")
     if not all(found.stable for found in case.rounds):
         verdict += "; not stable"
     ratio = (
-        f"{low_high.value:.4f} [too few runs]" if low_high.high > _UNBOUNDED
-        else f"{low_high.value:.4f} [{low_high.low:.4f}, {low_high.high:.4f}]"
+        f"{item.ratio.ratio:.4f} [{item.ratio.low:.4f}, {item.ratio.high:.4f}]" if item.ratio.bounded
+        else f"{item.ratio.ratio:.4f} [too few runs]"
     )  # fmt: skip
     return (
         *_what(case),
