@@ -4,8 +4,8 @@
 
 An expert is needed in a tile where its gate weight passes a bound at any of the tile's pixels. Leaving all others out,
 and dividing by what is left, moves a pixel's depth by no more than (K - 1) times the bound, as a share of the distance
-between the nearest and the farthest expert there (bounds below 1 / K). The part of the experts' 3x3 convolutions that is
-saved is the share of tiles and experts that are not needed; the gate's own channels are always computed.
+between the nearest and the farthest expert there (bounds below 1 / K). The part of the experts' 3x3 convolutions that
+is saved is the share of tiles and experts that are not needed; the gate's own channels are always computed.
 """
 
 import json

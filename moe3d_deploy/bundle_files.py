@@ -7,8 +7,8 @@ from pathlib import Path
 from moe3d_deploy.bundle_staging import leftovers
 from moe3d_deploy.errors import BundleError
 from moe3d_deploy.external_data import external_locations
-from moe3d_deploy.files import sha256_file
-from moe3d_deploy.manifest import MANIFEST_NAME, FileEntry, Manifest
+from moe3d_deploy.files import sha256_file, sha256_pieces
+from moe3d_deploy.manifest import MANIFEST_NAME, PIECE_BYTES, FileEntry, Manifest
 from moe3d_deploy.strict_json import MAX_BYTES
 
 
@@ -69,7 +69,7 @@ def check_file(folder: Path, name: str, entry: FileEntry, digest: bool) -> None:
         raise BundleError(f"{file} is not a regular file; {remedy}")
     if status.st_size != entry.size:
         raise BundleError(f"{file} has {status.st_size} bytes, not {entry.size}; {remedy}")
-    if digest and sha256_file(file) != entry.sha256:
+    if digest and not _has_digest(file, entry):
         raise BundleError(f"{file} is damaged: its SHA-256 is not the manifest's; {remedy}")
 
 
@@ -85,5 +85,14 @@ def check_model(folder: Path, manifest: Manifest) -> None:
 
 
 def entry_of(file: Path) -> FileEntry:
-    """Size and digest of a file."""
-    return FileEntry(size=file.stat().st_size, sha256=sha256_file(file))
+    """Size and digests of a file."""
+    size = file.stat().st_size
+    pieces = sha256_pieces(file, PIECE_BYTES) if size > PIECE_BYTES else []
+    return FileEntry(size=size, sha256=sha256_file(file), pieces=tuple(pieces))
+
+
+def _has_digest(file: Path, entry: FileEntry) -> bool:
+    """By the digests of its pieces where there are any: they cover every byte, and all cores can read them."""
+    if entry.pieces:
+        return tuple(sha256_pieces(file, PIECE_BYTES)) == entry.pieces
+    return sha256_file(file) == entry.sha256

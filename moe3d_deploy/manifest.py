@@ -21,6 +21,7 @@ SINGLE_FILE_VERSION = 1  # what a bundle of one ONNX file has: readers of old ta
 FORMAT_VERSION = 2  # the newest, of a model that is split over several files
 FORMAT_VERSIONS = (SINGLE_FILE_VERSION, FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
+PIECE_BYTES = 1 << 26  # of a large file, each with a digest of its own
 BUILDERS = ("tensorrt", "tensorrt-rtx")
 
 SPLITS = {"heads": ("aggregator", "heads"), "encoder": ("encoder", "decoder")}
@@ -53,14 +54,19 @@ def check_name(name: str, what: str) -> None:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and SHA-256 of one file; of a file of more than PIECE_BYTES also that of each such piece."""
 
     size: int
     sha256: str
+    pieces: tuple[str, ...] = field(default=(), metadata=_MAY_BE_ABSENT)
 
     def __post_init__(self) -> None:
         _require(self.size >= 0, "size", "must not be negative")
-        _require(bool(_SHA256.fullmatch(self.sha256)), "sha256", "must be 64 lower-case hex digits")
+        for key, digest in [("sha256", self.sha256), *(("pieces", digest) for digest in self.pieces)]:
+            _require(bool(_SHA256.fullmatch(digest)), key, "must be 64 lower-case hex digits")
+        if self.pieces:
+            count = -(-self.size // PIECE_BYTES)
+            _require(len(self.pieces) == count, "pieces", f"must have {count} digests for {self.size} bytes")
 
 
 @dataclass(frozen=True)
@@ -309,6 +315,9 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME} is nested more than {MAX_DEPTH} deep") from None
         if not self.verification.quality:
             del values["verification"]["quality"]
+        for entry in values["files"].values():
+            if not entry["pieces"]:
+                del entry["pieces"]
         if not self.parts:
             del values["parts"]
         for engine in values["engines"]:

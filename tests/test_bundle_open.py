@@ -11,6 +11,8 @@ import pytest
 from bundles import OLD, SPOILT, edit_manifest, refusal, spoil, write_bundle
 from manifests import ENGINE, example_engine
 
+from moe3d_deploy import bundle_files
+from moe3d_deploy import manifest as manifest_module
 from moe3d_deploy.bundle import Bundle, is_bundle
 from moe3d_deploy.errors import BundleError, InputError
 from moe3d_deploy.manifest import MANIFEST_NAME
@@ -102,6 +104,22 @@ def test_one_flipped_bit_is_refused_unless_digests_are_left_out(bundle: Path, na
     (bundle / name).write_bytes(data)
     assert f"{name} is damaged" in refusal(bundle)
     Bundle.open(bundle, verify="sizes")
+
+
+@pytest.mark.parametrize("place", [0, 4, -1])
+def test_one_flipped_bit_of_a_large_file_is_found_by_the_digest_of_its_piece(
+    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (manifest_module, bundle_files):
+        monkeypatch.setattr(module, "PIECE_BYTES", 3)
+    bundle = write_bundle(tmp_path / "large").path
+    entry = Bundle.open(bundle).manifest.files["model.onnx"]
+    assert [*entry.pieces] == [hashlib.sha256(OLD[i : i + 3]).hexdigest() for i in range(0, len(OLD), 3)]
+    assert entry.sha256 == hashlib.sha256(OLD).hexdigest()
+    data = bytearray(OLD)
+    data[place] ^= 1
+    (bundle / "model.onnx").write_bytes(data)
+    assert "model.onnx is damaged" in refusal(bundle)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "engines\\model.plan", "engines//a"])

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from moe3d_deploy import files
-from moe3d_deploy.files import atomic_path, atomic_write, exclusive_lock, remove_partials, sha256_file
+from moe3d_deploy.files import (
+    atomic_path,
+    atomic_write,
+    exclusive_lock,
+    remove_partials,
+    sha256_file,
+    sha256_pieces,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -28,6 +35,15 @@ def test_digest_of_a_published_test_vector(tmp_path: Path) -> None:
     """FIPS 180-2, appendix B.1: SHA-256 of "abc"."""
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_file(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 3 << 20])
+def test_pieces_are_those_of_the_file_in_order(tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    (tmp_path / "f").write_bytes(data)
+    length = max(1000, size // 2)  # of the largest: more than is read at once
+    expected = [hashlib.sha256(data[i : i + length]).hexdigest() for i in range(0, size, length)]
+    assert sha256_pieces(tmp_path / "f", length) == expected
 
 
 def test_atomic_write_replaces_the_content_and_leaves_no_other_file(tmp_path: Path) -> None:

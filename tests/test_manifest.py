@@ -13,7 +13,7 @@ from manifests import ENGINE, example_engine, example_manifest
 
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import BundleError
-from moe3d_deploy.manifest import FORMAT_VERSION, FileEntry, Manifest, Range, ShapeRanges, Verification
+from moe3d_deploy.manifest import FORMAT_VERSION, PIECE_BYTES, FileEntry, Manifest, Range, ShapeRanges, Verification
 from moe3d_deploy.strict_json import MAX_BYTES, MAX_DEPTH
 
 
@@ -51,6 +51,19 @@ def test_reading_what_was_written_gives_the_same_manifest() -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.engines == (example_engine(),)
     assert manifest.config == PRESETS["moe3d-tiny"]
+
+
+def test_pieces_are_there_for_large_files_alone_and_cover_them() -> None:
+    values = example_json()
+    assert all("pieces" not in entry for entry in values["files"].values())
+    large = {"size": 2 * PIECE_BYTES + 1, "sha256": "0" * 64, "pieces": ["1" * 64, "2" * 64, "3" * 64]}
+    values["files"]["model.onnx.data"] = large
+    entry = Manifest.from_json(json.dumps(values)).files["model.onnx.data"]
+    assert entry.pieces == tuple(large["pieces"])
+    with pytest.raises(BundleError, match="pieces must have 3 digests for 134217729 bytes"):
+        FileEntry(entry.size, entry.sha256, entry.pieces[:2])
+    with pytest.raises(BundleError, match="pieces must be 64 lower-case hex digits"):
+        FileEntry(entry.size, entry.sha256, (*entry.pieces[:2], "F" * 64))
 
 
 def test_the_text_is_the_same_for_any_order_of_keys_and_ends_with_a_newline() -> None:
