@@ -1,6 +1,7 @@
 """Growth with views and pixels: planted powers are found, the arithmetic's are its own, sweeps end in time."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from xml.etree import ElementTree
@@ -11,7 +12,7 @@ from bench_reports import MEMORY, a_case, a_report, a_round
 from test_bench_run import a_source
 
 from moe3d_deploy import costs
-from moe3d_deploy.benchmarks.bench import scaling_plot, scaling_tables
+from moe3d_deploy.benchmarks.bench import plots, scaling_plot, scaling_tables
 from moe3d_deploy.benchmarks.bench.report import Case, Predicted, Report, Shape
 from moe3d_deploy.benchmarks.bench.scaling import (
     PIXELS,
@@ -295,3 +296,8 @@ def test_a_bundle_that_takes_no_sweep_is_refused() -> None:
         "--scaling: bundle some/bundle takes fewer than 3 of the views or sizes of a sweep; leave --scaling out, or "
         "name a checkpoint or a bundle of several sizes"
     )
+
+
+def test_many_lines_of_a_plot_all_look_different() -> None:
+    styles = list(itertools.islice(plots._styles(), 42))
+    assert len({(style["color"], style["marker"]) for style in styles}) == 42

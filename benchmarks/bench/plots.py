@@ -19,7 +19,7 @@ from moe3d_deploy.benchmarks.bench.report import Case
 INK = "#010203"  # stands for currentColor until the file is written; no other element has it
 GRID = 0.25  # opacity
 COLOURS = ("#2b7bba", "#d9772b", "#3a9d5d", "#b0508e", "#8a6d3b", "#6b6ecf")  # readable on white and on black
-_MARKERS = "osD^vP"
+MARKERS = "osD^vP*"  # one more than colours: no two of the first 42 lines look alike
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe3d-bench",
@@ -127,7 +127,7 @@ def _lines(cases: Sequence[Case]) -> list[tuple[str, list[Case]]]:
 
 
 def _styles() -> Any:
-    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(_MARKERS), strict=False)
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     return ({"color": colour, "marker": marker, "linestyle": "-", "linewidth": 1.5} for colour, marker in pairs)
 
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe3d_deploy.benchmarks.bench import figures
-from moe3d_deploy.benchmarks.bench.plots import COLOURS, INK, finish, log_scales, svg
+from moe3d_deploy.benchmarks.bench.plots import COLOURS, INK, MARKERS, finish, log_scales, svg
 from moe3d_deploy.benchmarks.bench.report import Case
 from moe3d_deploy.benchmarks.bench.scaling import PIXELS, VIEWS, Sweep, sweeps
 
-_MARKERS = "osD^vP"
 _LABELS = {VIEWS: "views of a scene", PIXELS: "pixels of a view"}
 
 
@@ -21,7 +20,7 @@ def plots(cases: Sequence[Case]) -> dict[str, str]:
 
 
 def _draw(axes: Any, found: Sequence[Sweep]) -> None:
-    for sweep, colour, marker in zip(found, itertools.cycle(COLOURS), itertools.cycle(_MARKERS), strict=False):
+    for sweep, colour, marker in zip(found, itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False):
         case = sweep.cases[0]
         times = [figures.latency(item).p50 for item in sweep.cases]
         work = [sum(item.work.values()) for item in sweep.cases]
