@@ -90,22 +90,16 @@ def torch_full_size(run: CheckRun) -> None:
 def judge_goals(run: CheckRun, cases: list[dict[str, Any]], goals_ms: dict[Sizes, float]) -> None:
     """Record `goals`: per shape the fastest 16-bit form beside what was aimed at; missing one is a note."""
     found: list[dict[str, Any]] = []
+    half = [case for case in cases if case["form"] != _REFERENCE and not case.get("out_of_memory")]
     for shape, goal in goals_ms.items():
-        at = [
-            case
-            for case in cases
-            if (case["views"], case["height"], case["width"]) == shape
-            and case["form"] != _REFERENCE
-            and not case.get("out_of_memory")
-        ]
+        at = [case for case in half if (case["views"], case["height"], case["width"]) == shape]
         if not at:
             continue
         best = min(at, key=lambda case: case["median_ms"])
-        reached = best["median_ms"] <= goal
-        found.append({"shape": list(shape), "goal_ms": goal, "median_ms": best["median_ms"], "form": best["form"]})
-        found[-1]["reached"] = reached
+        took, reached = best["median_ms"], best["median_ms"] <= goal
+        found.append({"shape": shape, "goal_ms": goal, "median_ms": took, "form": best["form"], "reached": reached})
         if not reached:
-            run.note(f"{_label(best)}: {best['median_ms']:.1f} ms, the goal is {goal:g} ms")
+            run.note(f"{_label(best)}: {took:.1f} ms, the goal is {goal:g} ms")
     run.record(goals=found)
 
 
