@@ -193,11 +193,11 @@ def corners_not_aligned(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear")
 
 
-def v_before_u(h: int, w: int, channels: int, aspect: Tensor) -> Tensor:
-    return uv_embedding(h, w, channels, aspect).roll(channels // 2, 0)
+def v_before_u(h: int, w: int, channels: int, aspect: Tensor, scale: float) -> Tensor:
+    return uv_embedding(h, w, channels, aspect, scale).roll(channels // 2, 0)
 
 
-def no_uv(h: int, w: int, channels: int, aspect: Tensor) -> Tensor:
+def no_uv(h: int, w: int, channels: int, aspect: Tensor, scale: float) -> Tensor:
     return aspect.new_zeros(channels, h, w)
 
 

@@ -13,6 +13,7 @@ from moe3d_deploy.model.experts import Conv2d, MergedExperts, Mixture, branch, m
 from moe3d_deploy.model.transformer import LayerNorm, in_type_of
 
 OUTPUT_HIDDEN = 32  # channels between the last two convolutions of VGGT's heads
+UV_SCALE = 0.1  # of the embedding of image position that is added to a feature map
 
 
 class Grid(NamedTuple):
@@ -110,7 +111,7 @@ class DptHead(nn.Module):
         def with_position(x: Tensor) -> Tensor:
             _, channels, height, width = x.shape
             # In place: at full resolution a sum of its own would be the model's largest tensor a second time.
-            return x.add_(uv_embedding(height, width, channels, aspect).mul_(0.1).to(x.dtype))
+            return x.add_(uv_embedding(height, width, channels, aspect, UV_SCALE).to(x.dtype))
 
         levels = []
         for i, tokens in enumerate(levels_NPD):

@@ -57,22 +57,26 @@ def rotary_table(grid_h: int, grid_w: int, specials: int, head_dim: int, base: f
     return RotaryTable(torch.cat([still + 1.0, cos]), torch.cat([still, sin]))
 
 
-def uv_embedding(height: int, width: int, channels: int, aspect: Tensor) -> Tensor:
-    """The DPT heads' embedding of image position, (channels, height, width), in the dtype of `aspect`.
+def uv_embedding(height: int, width: int, channels: int, aspect: Tensor, scale: float = 1.0) -> Tensor:
+    """The DPT heads' embedding of image position, (channels, height, width), in the dtype of `aspect`, times `scale`.
 
     `aspect` is the image's width / height, a scalar. u and v span the unit-diagonal frame, pixel centres inside it;
     channels are [sin u | cos u | sin v | cos v] over frequencies 100^(-k / (channels / 4)). All angles are below
     1 rad, so float32 is exact to rounding and no float64 is needed.
+
+    The first half depends on the column alone, the second on the row: it is the sum of two small tables, each 0 in the
+    other's half, which writes the whole once and is exact.
     """
     diagonal = (aspect * aspect + 1.0).sqrt()
     quarter = channels // 4
     exponent = torch.arange(quarter, dtype=aspect.dtype, device=aspect.device) / quarter
     frequency = 100.0**-exponent
-    u = _centred(width, aspect) * (aspect / diagonal)
-    v = _centred(height, aspect) * (1.0 / diagonal)
-    u = (frequency[:, None] * u[None, :])[:, None, :]
-    v = (frequency[:, None] * v[None, :])[:, :, None]
-    return torch.cat([angles.expand(quarter, height, width) for angles in (u.sin(), u.cos(), v.sin(), v.cos())])
+    u = frequency[:, None] * (_centred(width, aspect) * (aspect / diagonal))
+    v = frequency[:, None] * (_centred(height, aspect) * (1.0 / diagonal))
+    u, v = torch.cat([u.sin(), u.cos()]) * scale, torch.cat([v.sin(), v.cos()]) * scale
+    columns = torch.cat([u, torch.zeros_like(u)])[:, None, :]
+    rows = torch.cat([torch.zeros_like(v), v])[:, :, None]
+    return columns + rows
 
 
 def _centred(size: int, like: Tensor) -> Tensor:
