@@ -167,6 +167,12 @@ def test_compare_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture
         (["moe3d-tiny", "--views", "1,x"], "--views '1,x': expected numbers of views, such as 1,2,4"),
         (["moe3d-tiny", "--views", "1", "--shapes", "1x1x28x42"], "--views and --shapes both say what is run"),
         (["moe3d-tiny", "--backend", "onnxruntime"], "moe3d-tiny runs in pytorch, which --backend leaves out; make"),
+        (
+            ["moe3d-tiny", "--peers", "--peer", "pytorch"],
+            "--peers means all of them and --peer some; leave one of",
+        ),
+        (["moe3d-tiny", "--peer", "tensorrt"], "tensorrt is a peer of a bundle, and none is named; name one"),
+        (["--report", "r.json", "--peer", "pytorch", "--out", "o"], "has no use for --peer; leave one of them out"),
         (["moe3d-tiny", "--anyway"], "--anyway is for --compare; leave it out"),
         (["moe3d-tiny", "--report", "r.json", "--out", "o"], "--report measures nothing and has no use for moe3d-tiny"),
         (["--report", "r.json", "--runs", "3", "--out", "o"], "--report measures nothing and has no use for --runs"),

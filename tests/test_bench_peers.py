@@ -28,7 +28,8 @@ from moe3d_deploy.benchmarks.bench.report import Report
 from moe3d_deploy.benchmarks.bench.run import Options, run_cases
 from moe3d_deploy.benchmarks.bench.runners import TorchRunner, infer, open_runner
 from moe3d_deploy.bundle import add_engine
-from moe3d_deploy.errors import Moe3dError
+from moe3d_deploy.cli.bench import _PEERS
+from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.export.contract import DEFAULT_OUTPUTS
 from moe3d_deploy.runtime.session import Session
 
@@ -98,6 +99,25 @@ def test_options_of_the_source_reach_the_peers_that_have_them() -> None:
     found = {(item.source.backend, item.source.precision): item.source.options for item in plan_peers([source], SHAPES)}
     assert found["pytorch", "bf16"] == {**source.options, "precision": "bf16"}
     assert found["onnxruntime-widespread", "fp32"] == {"seed": 3, "allow_pickle": True}
+
+
+def test_only_the_peers_that_are_asked_for(tmp_path: Path) -> None:
+    both = [a_source(), of_bundle(tmp_path)]
+    found = plan_peers(both, SHAPES, ["onnxruntime-widespread", "tensorrt"])
+    assert [(item.source.backend, item.shape[1]) for item in found] == [
+        ("onnxruntime-widespread", 1),
+        ("onnxruntime-widespread", 2),
+        ("tensorrt", 1),  # unavailable: one row
+    ]
+    everything = {item.source.backend for item in plan_peers(both, SHAPES)}
+    assert everything == {*peers.OF_CHECKPOINT, *peers.OF_BUNDLE} == set(_PEERS)
+
+
+def test_a_peer_that_no_source_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tensorrt is a peer of a bundle, and none is named"):
+        plan_peers([a_source()], SHAPES, ["tensorrt"])
+    with pytest.raises(InputError, match="pytorch-compiled is a peer of a checkpoint or preset, and none is named"):
+        plan_peers([of_bundle(tmp_path)], SHAPES, ["pytorch-compiled"])
 
 
 def of_bundle(folder: Path, **changes: Any) -> Any:

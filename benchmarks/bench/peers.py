@@ -4,31 +4,43 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from moe3d_deploy import cuda_driver
 from moe3d_deploy.benchmarks.bench.cases import Planned, Source, same_model
 from moe3d_deploy.benchmarks.bench.report import Shape
 from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.errors import InputError
 from moe3d_deploy.manifest import BUILDERS, EngineRecord, Range, ShapeRanges
 from moe3d_deploy.runtime.packages import load_package
 
+OF_CHECKPOINT = ("pytorch", "pytorch-compiled", "onnxruntime-widespread")
+OF_BUNDLE = ("onnxruntime-cuda", *BUILDERS)
 _OF_TORCH = ("seed", "allow_pickle", "view_chunk", "plugin")
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
-def plan_peers(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Planned]:
+def plan_peers(sources: Sequence[Source], shapes: Sequence[Shape], only: Collection[str] = ()) -> list[Planned]:
     """The peers of every source on every shape; without shapes on the source's own usual ones.
+
+    only   backends of OF_CHECKPOINT and OF_BUNDLE; none: all of them
 
     Of a checkpoint or preset: PyTorch in 16 bits, torch.compile, the widespread export, and ONNX Runtime on a bundle
     where none is among the sources. Of a bundle: ONNX Runtime on CUDA, and its engines. A peer that this machine cannot
-    run is one case with the reason, on the first shape.
+    run is one case with the reason, on the first shape. Raises InputError for one of `only` that no source has.
     """
+    kinds = {source.kind == "bundle" for source in sources}
+    for backend in only:
+        if (backend in OF_BUNDLE) not in kinds:
+            lacking = "bundle" if backend in OF_BUNDLE else "checkpoint or preset"
+            raise InputError(f"{backend} is a peer of a {lacking}, and none is named; name one, or leave it out")
     planned = []
     for source in sources:
         given = list(dict.fromkeys(shapes or source.default_shapes()))
         for peer, missing in _of_checkpoint(source, sources) if source.kind != "bundle" else _of_bundle(source):
+            if only and peer.backend not in only:
+                continue
             fitting = [shape for shape in given if peer.ranges.takes(shape)]
             if missing:
                 planned.append(Planned(peer, given[0], missing, peer=True))

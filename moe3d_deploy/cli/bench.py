@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 _OF_MEASURING = (
     "shapes", "views", "backends", "threads", "runs", "budget", "processes", "seed", "view_chunk", "plugin",
-    "allow_pickle", "cases", "peers", "scaling", "parity", "price", "experts", "everything",
+    "allow_pickle", "cases", "peers", "only_peers", "scaling", "parity", "price", "experts", "everything",
+)  # fmt: skip
+_PEERS = (
+    "pytorch", "pytorch-compiled", "onnxruntime-widespread", "onnxruntime-cuda", "tensorrt-rtx", "tensorrt",
 )  # fmt: skip
 _INSTEAD_OF_CASES: tuple[str, ...] = ("price", "parity")  # flags of parts which, named alone, are all that is measured
 
@@ -47,6 +50,13 @@ _INSTEAD_OF_CASES: tuple[str, ...] = ("price", "parity")  # flags of parts which
     "--peers", is_flag=True,
     help="Beside each SOURCE what else runs it: 16 bits, torch.compile, the widespread export, engines.",
 )  # fmt: skip
+@click.option(
+    "--peer",
+    "only_peers",
+    multiple=True,
+    type=click.Choice(_PEERS),
+    help="As --peers, of this backend; may be repeated.",
+)
 @click.option("--scaling", is_flag=True, help="How time and memory grow: a sweep over views and one over sizes.")
 @click.option("--price", is_flag=True, help="What the experts add to VGGT's single head, in time and in memory.")
 @click.option(
@@ -92,6 +102,7 @@ def bench_command(
     processes: int,
     cases: bool,
     peers: bool,
+    only_peers: tuple[str, ...],
     scaling: bool,
     price: bool,
     experts: str | None,
@@ -144,11 +155,16 @@ def bench_command(
     of_models = {"seed": seed, "view_chunk": view_chunk, "plugin": plugin, "allow_pickle": allow_pickle}
     # In the order in which they are measured. All of them are made, and refuse what they cannot use, before the first.
     parts: list[Part] = []
-    peers, scaling, price, parity = (flag or everything for flag in (peers, scaling, price, parity))
+    if peers and only_peers:
+        raise InputError("--peers means all of them and --peer some; leave one of them out")
+    peers, scaling, price, parity = (flag or everything for flag in (peers or bool(only_peers), scaling, price, parity))
     if cases or peers or scaling or everything or not given_flags(*_INSTEAD_OF_CASES):
         sweep = sweep_options(options) if scaling else None
         usual = cases or peers or everything or not scaling
-        planned = plan(sources, backends, shapes, views, of_models, usual=usual, peers=peers, scaling=sweep)
+        planned = plan(
+            sources, backends, shapes, views, of_models,
+            usual=usual, peers=peers, only_peers=only_peers, scaling=sweep,
+        )  # fmt: skip
         parts.append(CasesPart(planned, options))
     if experts is not None and not price:
         raise InputError("--experts is for --price; leave it out")

@@ -69,12 +69,13 @@ def plan(
     *,
     usual: bool = True,
     peers: bool = False,
+    only_peers: tuple[str, ...] = (),
     scaling: Options | None = None,
 ) -> list[Planned]:
     """The cases of a command line. Raises InputError where they make no sense.
 
     usual     without shapes or views take each source's own; else there are none but those of `scaling`
-    peers     add those of every source
+    peers     add those of every source; with `only_peers` those of these backends
     scaling   add a sweep over views and one over sizes of every source, measured with these options
     """
     from moe3d_deploy.benchmarks.bench.cases import check_labels, open_source, plan_cases, views_shapes
@@ -98,7 +99,7 @@ def plan(
     if peers:
         from moe3d_deploy.benchmarks.bench.peers import plan_peers
 
-        planned += plan_peers(opened, wanted)
+        planned += plan_peers(opened, wanted, only_peers)
     if scaling:
         known = {item.label for item in planned}
         planned += [item for item in _sweeps(opened, scaling) if item.label not in known]
