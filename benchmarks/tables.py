@@ -16,7 +16,15 @@ from typing import Any
 
 import click
 
-from moe3d_deploy.benchmarks import activation_memory, coverage_report, gate_tiles, mutants, quality, training_phases
+from moe3d_deploy.benchmarks import (
+    activation_memory,
+    coverage_report,
+    eight_bit,
+    gate_tiles,
+    mutants,
+    quality,
+    training_phases,
+)
 from moe3d_deploy.benchmarks.bench import documents as documents_of_bench
 from moe3d_deploy.benchmarks.heads import tables as heads
 from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
@@ -105,6 +113,7 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench_price": lambda report: f"{documents_of_bench.price(report)}\n\n{_machine(report)}",
     "bench_parity": lambda report: f"{documents_of_bench.parity(report)}\n\n{_machine(report)}",
     "gate_tiles": lambda report: f"{gate_tiles.table(report)}\n\n{_machine(report)}",
+    "eight_bit": lambda report: f"{eight_bit.table(report)}\n\n{_machine(report)}",
     "coverage": lambda report: f"{coverage_report.table(report)}\n\n{_machine(report)}",
     "model_quality": lambda report: f"{quality.quality_table(report)}\n\n{_machine(report)}",
     "model_deployment": lambda report: f"{quality.deployment_table(report)}\n\n{_machine(report)}",
