@@ -149,31 +149,39 @@ def test_a_stopped_inspect_says_so(finished: Path, folder: Path, printed: Printe
     sweep(INT, 4, lambda: start(MOE3D, ["inspect", finished], folder), lambda: None, printed)
 
 
+LIBRARY = """
+import os, signal, sys, time
+try:
+    os.kill(os.getpid(), int(sys.argv[1]))
+    for _ in range(20):  # as long as a large library takes, and as often as an impatient user
+        time.sleep(0.01)
+        os.kill(os.getpid(), int(sys.argv[1]))
+except BaseException:
+    os.abort()  # what C++ does with an exception that it did not expect
+"""
+
 LOADING = """
-import os, signal, sys, click
-from moe3d_deploy.cli.main import finish
-from moe3d_deploy.errors import InputError
+import sys, time, click
+from moe3d_deploy.cli import main
 
-def load():
-    try:
-        try:
-            os.kill(os.getpid(), int(sys.argv[1]))
-        except BaseException as stopped:
-            raise ImportError("initialization failed") from stopped
-    except ImportError as error:
-        raise InputError("a package cannot be loaded; install it again") from error
+def command(number):
+    import library
+    print("loaded", flush=True)
+    time.sleep(30)
 
-sys.exit(finish("moe3d", lambda: click.Command("x", callback=load), []))
+sys.exit(main.finish("moe3d", lambda: click.Command("x", callback=command, params=[click.Argument(["number"])])))
 """
 
 
-@pytest.mark.survival(
-    row="interrupted", how="while a library is being loaded, which makes an ImportError of the signal"
-)
+@pytest.mark.survival(row="interrupted", how="while a library is being loaded, whose C++ code aborts on an exception")
 @pytest.mark.parametrize("number", [INT, TERM])
-def test_a_signal_that_a_library_swallows_is_still_one(number: signal.Signals, folder: Path, printed: Printed) -> None:
+def test_a_signal_during_an_import_waits_for_its_end(number: signal.Signals, folder: Path, printed: Printed) -> None:
+    (folder / "library.py").write_text(LIBRARY)
     with start([sys.executable, "-c", LOADING], [int(number)], folder) as command:
-        assert_stopped(command.wait(), number, printed)
+        ended = command.wait()
+    assert_stopped(ended, number, printed)
+    assert ended.stdout == "loaded\n"
+    assert ended.seconds < 20
 
 
 @pytest.mark.survival(row="interrupted twice", how="Ctrl-C every 30 ms until the export has ended, in 2 stages")

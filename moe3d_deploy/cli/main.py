@@ -7,9 +7,7 @@ when that sub-command runs, so help and version are quick and need none of the h
 import copy
 import importlib
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from moe3d_deploy.child import is_out_of_memory
 from moe3d_deploy.cli.notices import warnings_as_lines
 from moe3d_deploy.disk_errors import is_not_allowed, remedy
 from moe3d_deploy.errors import EXTRA_OF, InputError, MissingExtraError, Moe3dError
+from moe3d_deploy.stop_signals import TerminatedError, stop_signals_raise
 
 _Decorated = TypeVar("_Decorated", bound=Callable[..., Any])
 _INTERNAL_MESSAGE_CHARACTERS = 500  # ONNX and TensorRT can write pages
@@ -131,13 +130,10 @@ def _moe3d() -> None:
 def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | None = None) -> int:
     """Run the command that `load` returns as `name`; what it raises becomes stderr's last line and the exit code."""
     arguments = sys.argv[1:] if args is None else list(args)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else they end the process with its temporary files still there
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _terminate)
     # ONNX Runtime's releases from 1.31 on report to their makers, and leave a file in TMPDIR, unless told not to.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
-        with warnings_as_lines():
+        with stop_signals_raise(last=args is None), warnings_as_lines():
             result = load().main(arguments, prog_name=name, standalone_mode=False)
         if sys.stdout is not None:  # None where the caller closed it
             sys.stdout.flush()
@@ -148,12 +144,10 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
     except click.ClickException as error:
         click.echo(f"{name}: {' '.join(error.format_message().split())} (see {name} --help)", err=True)
         return error.exit_code
-    except (Exception, KeyboardInterrupt, _TerminatedError) as error:  # noqa: BLE001  the program ends here, and says why
-        _end_quietly(for_good=args is None)
+    except (Exception, KeyboardInterrupt, TerminatedError) as error:  # noqa: BLE001  the program ends here, and says why
         _abandon_stdout()
         # click hides an interrupt, and an EOFError of whatever origin, behind Abort
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
-        cause = _signal_behind(cause) or cause
         if isinstance(cause, BrokenPipeError):  # `moe3d inspect bundle | head`: nobody reads on
             return 1
         if "--debug" in arguments:
@@ -163,42 +157,13 @@ def finish(name: str, load: Callable[[], click.Command], args: Sequence[str] | N
         return code
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM or SIGHUP, its number in args; like KeyboardInterrupt no Exception, so that nothing catches it midway."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _TerminatedError(number)
-
-
-def _end_quietly(for_good: bool) -> None:
-    """Let a second, impatient signal end the process at once, without the traceback of an error within an error.
-
-    By now everything is cleaned up; only a line is to be written. Not for a caller whose process goes on.
-    """
-    if for_good and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-
-
-def _signal_behind(error: BaseException | None) -> BaseException | None:
-    """The signal that came while a library was being loaded, of which the library has made an ImportError."""
-    while error is not None:
-        inner = error.__cause__ or error.__context__
-        if isinstance(error, ImportError) and isinstance(inner, (KeyboardInterrupt, _TerminatedError)):
-            return inner
-        error = inner
-    return None
-
-
 def _describe(error: BaseException) -> tuple[str, int]:
     """The message for `error` and the exit code that goes with it."""
     if isinstance(error, Moe3dError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130  # 128 + SIGINT, as shells have it
-    if isinstance(error, _TerminatedError):
+    if isinstance(error, TerminatedError):
         return "terminated", 128 + error.args[0]
     if isinstance(error, click.Abort):
         return "aborted", 1

@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from moe3d_deploy.stop_signals import STOP_SIGNALS
 
 
 class StopRequest:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from moe3d_deploy import stop_signals
 from moe3d_deploy.errors import EngineError
 
 Progress = Callable[[str, int, int], None]
@@ -62,15 +63,16 @@ class Watch:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Turn Ctrl-C into a flag: an exception must not pass through the builder. Another handler stays in place."""
-        ours = threading.current_thread() is threading.main_thread()
-        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        before = signal.getsignal(signal.SIGINT)
+        usual = before in (signal.default_int_handler, stop_signals.stop)
+        if not usual or threading.current_thread() is not threading.main_thread():
             yield
             return
         signal.signal(signal.SIGINT, self._interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True
