@@ -111,8 +111,7 @@ def depth_rows(bundle: Bundle, scenes: dict[str, Any]) -> Iterator[dict[str, Any
     """
     pick = dict(scenes)
     count = pick.pop("count")
-    whole = onnx.load_from_string(for_onnxruntime(bundle.model_path.read_bytes()))
-    onnx.load_external_data_for_model(whole, str(bundle.path))
+    whole = onnx.load(bundle.model_path)
     rendered = list(rendered_scenes(range(count), **pick))
     reference, depths = _judged(whole, rendered)
     for form in FORMS:
@@ -187,7 +186,8 @@ def _session(model: onnx.ModelProto) -> Any:
     ort = load_package("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cores()
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    file = for_onnxruntime(model.SerializeToString())
+    return ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 if __name__ == "__main__":

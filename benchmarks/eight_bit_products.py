@@ -2,7 +2,7 @@
 
     per tensor     DynamicQuantizeMatMul: the activations share one scale, which is measured in every run, and so does
                    each column of the weights
-    per token      MatMulInteger between ONNX's plain operations: a scale for every token and one for every column
+    per token      what `--precision int8` exports: a scale for every token and one for every column
     blocks of n    MatMulNBits at accuracy level 4: every n values of a token, or of a column of weights, share a scale
 
 Weights are rounded to -127..127 with the largest value at the end of that range, and so are the activations of a token.
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from moe3d_deploy.errors import InputError
+from moe3d_deploy.export import eight_bit
+from moe3d_deploy.export.eight_bit import Columns
 
 Array = NDArray[np.float32]
 DOMAIN = "com.microsoft"
@@ -47,7 +49,7 @@ def product(form: str, x: str, weight: Array, y: str) -> Product:
 
 
 def _per_tensor(x: str, weight: Array, y: str) -> Product:
-    values, scale = _by_column(weight)
+    values, scale = Columns.of(weight)
     tensors = [
         _tensor(f"{y}.weight", values),
         _tensor(f"{y}.scale", scale),
@@ -58,33 +60,9 @@ def _per_tensor(x: str, weight: Array, y: str) -> Product:
 
 
 def _per_token(x: str, weight: Array, y: str) -> Product:
-    values, scale = _by_column(weight)
-    nodes: list[onnx.NodeProto] = []
-
-    def op(op_type: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
-        return name
-
-    largest = op("ReduceMax", [op("Abs", [x], f"{y}.abs"), f"{y}.last"], f"{y}.largest", keepdims=1)
-    of_token = op("Max", [op("Mul", [largest, f"{y}.step"], f"{y}.steps"), f"{y}.least"], f"{y}.of_token")
-    whole = op("Round", [op("Div", [x, of_token], f"{y}.divided")], f"{y}.whole")
-    # Without sign, around _ZERO: for signed activations there is no fast kernel.
-    stored = op("Cast", [op("Add", [whole, f"{y}.middle"], f"{y}.moved")], f"{y}.bytes", to=onnx.TensorProto.UINT8)
-    sums = op("MatMulInteger", [stored, f"{y}.weight", f"{y}.zero"], f"{y}.sums")
-    sums = op("Cast", [sums], f"{y}.floats", to=onnx.TensorProto.FLOAT)
-    op("Mul", [op("Mul", [sums, of_token], f"{y}.rows"), f"{y}.scale"], y)
-    return Product(
-        nodes,
-        [
-            _tensor(f"{y}.weight", values),
-            _tensor(f"{y}.scale", scale),
-            _tensor(f"{y}.middle", np.float32(_ZERO)),
-            _tensor(f"{y}.zero", np.uint8(_ZERO)),
-            _tensor(f"{y}.last", np.array([-1], np.int64)),
-            _tensor(f"{y}.step", np.float32(1 / _LARGEST)),
-            _tensor(f"{y}.least", np.finfo(np.float32).tiny),  # for a token of zeros
-        ],
-    )
+    tensors = [_tensor(f"{y}.{what}", values) for what, values in Columns.of(weight)._asdict().items()]
+    inputs = [x, *(tensor.name for tensor in tensors)]
+    return Product([helper.make_node(eight_bit.NAME, inputs, [y], domain=eight_bit.DOMAIN)], tensors)
 
 
 def _in_blocks(x: str, weight: Array, y: str, size: int) -> Product:
@@ -157,11 +135,6 @@ def _scale(weight: Array, axis: int) -> Array:
     return np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1)).astype(np.float32)
 
 
-def _by_column(weight: Array) -> tuple[NDArray[np.int8], Array]:
-    scale = _scale(weight, axis=0)
-    return np.rint(weight / scale).astype(np.int8), scale
-
-
 def _tensor(name: str, values: Any) -> onnx.TensorProto:
     return numpy_helper.from_array(np.asarray(values), name)
 
@@ -179,5 +152,9 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
 
 
 def _import(model: onnx.ModelProto) -> None:
-    if DOMAIN not in {opset.domain for opset in model.opset_import}:
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    """Make the operators of all forms known."""
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    for domain, version in {DOMAIN: 1, **eight_bit.IMPORTS}.items():
+        if domain not in versions:
+            model.opset_import.append(helper.make_opsetid(domain, version))
+    model.functions.extend(eight_bit.functions(versions[""]))

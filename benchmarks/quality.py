@@ -47,7 +47,7 @@ BARS = {"abs_rel": 0.08, "delta1": 0.93, "auc30": 0.5}
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Scenes of each split.")
 @click.option("--views", type=click.IntRange(1, 8), default=4, show_default=True)
-@click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16"), show_default=True)
+@click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16", "int8"), show_default=True)
 @click.option("--no-points", is_flag=True, help="Without the measures of point clouds, which take most of the time.")
 @click.option("--seed", type=click.IntRange(min=0), help="Seeded random weights of a preset.")
 @click.option("--workdir", type=click.Path(path_type=Path), help="Where the exports go for a while.")
@@ -154,7 +154,7 @@ def _deployment(
     for precision in precisions:
         policy = PrecisionPolicy(precision)
         kinds = quality.kinds_of(policy)
-        kinds = ("twin", *kinds) if policy.bfloat16 else kinds
+        kinds = ("twin", *kinds) if policy.has_twin else kinds
         options = ExportOptions(policy, outputs=tuple(outputs), verify=False)
         try:
             bundle = export_bundle(

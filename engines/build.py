@@ -127,6 +127,11 @@ def resolve_builder(builder: str = "auto", *, opset: int = 20, precision: str = 
             f"opset {opset} has attention as one operator, and in float32 TensorRT has no kernel for that: export with "
             "--opset 20 or a 16-bit --precision"
         )
+    if precision == "int8":
+        raise InputError(
+            "int8 is for ONNX Runtime on a CPU, and no TensorRT has a kernel for its products: export with --precision "
+            "fp16 for an engine"
+        )
     if builder == "auto":
         installed = trt.available()
         usable = "tensorrt" in installed and bool(trt.visible_gpus())

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import nn
 
 from moe3d_deploy.errors import ExportError, InputError, first_line
-from moe3d_deploy.export import attention
+from moe3d_deploy.export import attention, eight_bit
 from moe3d_deploy.export.contract import ATTENTION_OPSET, MODEL_FILE, OPSET, output_names
 from moe3d_deploy.export.expert_mix import DOMAIN, NAME, SymbolicExpertMix, expert_mix_function
 from moe3d_deploy.export.modules import ExportModule, PartModule
 from moe3d_deploy.export.parts import model_inputs, model_outputs, parts_of
+from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.static import StaticShape
 from moe3d_deploy.export.weights import turn_weights
 from moe3d_deploy.manifest import Tensor
@@ -48,6 +50,7 @@ PROBED_SHAPES_IN_PATCHES = (
 )
 
 Progress = Callable[[str], None]
+_FLOAT32 = PrecisionPolicy()
 
 
 def prepare(
@@ -150,19 +153,22 @@ def export_onnx(
     opset: int = OPSET,
     input_type: str = "float32",
     static: StaticShape | None = None,
+    policy: PrecisionPolicy = _FLOAT32,
     metadata: Mapping[str, str] | None = None,
     progress: Progress = lambda phase: None,
 ) -> Path:
     """Write `model.onnx` and `model.onnx.data` into `folder`; returns the path of the first.
 
-    `model` is changed to its deployment form. Weights keep their dtype and are streamed to the file. The axes that
-    `static` fixes are traced like the others, so that the gate sees the whole, and bound in the file.
+    `model` is changed to its deployment form. Weights keep their dtype and are streamed to the file; those that have 8
+    bits in `policy`, which the model was loaded with, are rounded on the way. The axes that `static` fixes are traced
+    like the others, so that the gate sees the whole, and bound in the file.
     """
     module = prepare(model, merge=merge, outputs=outputs, opset=opset, input_type=input_type)
     static = static or StaticShape()
     inputs, free = model_inputs(input_type, static), model_inputs(input_type, StaticShape())
     path = folder / MODEL_FILE
-    _export(module, free, inputs, model_outputs(outputs, model.config, static), path, opset, metadata or {}, progress)
+    written = model_outputs(outputs, model.config, static)
+    _export(module, free, inputs, written, path, opset, policy, metadata or {}, progress)
     return path
 
 
@@ -176,6 +182,7 @@ def export_parts(
     opset: int = OPSET,
     input_type: str = "float32",
     static: StaticShape | None = None,
+    policy: PrecisionPolicy = _FLOAT32,
     roles: Collection[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress = lambda phase: None,
@@ -200,7 +207,7 @@ def export_parts(
             "moe3d.tensors": meanings((*part.inputs, *part.outputs)),
         }
         _export(
-            PartModule(model, free), free.inputs, part.inputs, part.outputs, path, opset, notes,
+            PartModule(model, free), free.inputs, part.inputs, part.outputs, path, opset, policy, notes,
             lambda phase, role=part.role: progress(f"{phase} {role}"),  # type: ignore[misc]
         )  # fmt: skip
         paths.append(path)
@@ -219,6 +226,7 @@ def _export(
     outputs: Sequence[Tensor],
     path: Path,
     opset: int,
+    policy: PrecisionPolicy,
     metadata: Mapping[str, str],
     progress: Progress,
 ) -> None:
@@ -244,9 +252,12 @@ def _export(
     mix = module.model.depth_head.merged
     if isinstance(mix, SymbolicExpertMix) and DOMAIN in used:
         functions.append(expert_mix_function(mix.shape, opset))
+    turn_weights(graph_model.graph)
+    if eight_bit.quantize_products(graph_model.graph, partial(_is_eight_bit, policy)):
+        graph_model.opset_imports.update(eight_bit.IMPORTS)
+        functions += eight_bit.functions(opset)
     for function in map(ir.serde.deserialize_function, functions):
         graph_model.functions[function.identifier()] = function
-    turn_weights(graph_model.graph)
     _clean(graph_model)
     for values, tensors in ((graph_model.graph.inputs, inputs), (graph_model.graph.outputs, outputs)):
         for value, tensor in zip(values, tensors, strict=True):
@@ -255,6 +266,12 @@ def _export(
     ir.save(graph_model, path, external_data=f"{path.name}.data")
     progress("check")
     _check(path)
+
+
+def _is_eight_bit(policy: PrecisionPolicy, bias: str) -> bool:
+    """Whether the parameter of this name is the bias of a product that `policy` has in 8 bits."""
+    name = bias.removeprefix("model.")
+    return name.endswith(".bias") and policy.type_of(f"{name.removesuffix('bias')}weight") == "int8"
 
 
 def _clean(graph_model: ir.Model) -> None:

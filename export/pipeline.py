@@ -191,7 +191,8 @@ def _verify(
         "patch_size": config.patch_size,
     }
     stage_of = {"reference": "reference"}
-    stage_of |= {"twin": "twin"} if options.policy.bfloat16 else {"execute": "executed"}
+    stage_of |= {} if options.policy.bfloat16 else {"execute": "executed"}
+    stage_of |= {"twin": "twin"} if options.policy.has_twin else {}
     stage_of |= {"round": "rounded"} if options.policy.sixteen_bit else {}
     results = {
         stage: run(stage, f"{verify.__name__}:{function}", request, len(shapes)) for stage, function in stage_of.items()
@@ -284,6 +285,7 @@ def export_stage(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "opset": request["opset"],
         "input_type": request["input"],
         "static": static,
+        "policy": policy,
         "metadata": metadata,
         "progress": phase,
     }

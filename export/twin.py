@@ -1,8 +1,11 @@
-"""The float32 twin of a 16-bit file: the same graph and the same weights, every 16-bit type replaced by float32.
+"""The float32 twin of a file: the same graph and the same weights, computed in float32 alone.
+
+Of a bf16 file every 16-bit type is replaced by float32. Of products in 8 bits the weights stay, and what they are
+multiplied with is not rounded.
 
 ONNX Runtime has no bfloat16 kernels on a CPU, so a bf16 file cannot be run there; its twin can. Float32 noise apart, it
-computes what PyTorch gives in float32 with the weights rounded to their 16 bits. That shows a wrong graph better than
-the file itself could, whose own rounding would hide it.
+computes what PyTorch gives in float32 with the weights rounded to those of the file. That shows a wrong graph better
+than the file itself could, whose own rounding would hide it.
 """
 
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from moe3d_deploy.export import eight_bit
+
 _SIXTEEN_BIT = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -18,6 +23,10 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 def float32_twin(model: Path, folder: Path) -> Path:
     """Write the twin of the ONNX file `model` and its weights into `folder`, tensor by tensor; returns its path."""
     twin = ir.load(model)
+    in_8_bits = (eight_bit.DOMAIN, eight_bit.NAME, "")
+    if in_8_bits in twin.functions:
+        opset = twin.opset_imports[""]
+        twin.functions[in_8_bits] = ir.serde.deserialize_function(eight_bit.float_function(opset))
     graphs: list[ir.Graph | ir.Function] = [twin.graph, *twin.functions.values()]
     for graph in graphs:
         for value in _values(graph):

@@ -15,6 +15,7 @@ from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.child import Emit
 from moe3d_deploy.errors import ExportError
 from moe3d_deploy.export.compare import Errors, Limits, errors, require_headroom, require_within
+from moe3d_deploy.export.eight_bit import Columns
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.runtime.pixels import to_floats
 
@@ -32,6 +33,7 @@ SHAPES_IN_PATCHES: tuple[Shape, ...] = (
 )
 
 MORE_EXACT = {
+    "int8": "fp32",
     "fp16": "fp16-fp32heads or fp32",
     "fp16-fp32heads": "fp32",
     "bf16-fp16heads": "bf16 or fp16",
@@ -70,17 +72,25 @@ def pixels_for(shape: Shape, patch_size: int) -> NDArray[np.uint8]:
 def reference(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Child stage: the float32 model as trained (plain experts, torch's own attention) on every shape.
 
-    For a file that only its twin can stand for, once more with the weights rounded to the file's.
+    For a file that has a twin, once more with the weights rounded to the file's.
     """
     policy = PrecisionPolicy(**request["policy"])
     model = _load(request, PrecisionPolicy("fp32"))
     _run(request, emit, model, "reference")
-    if policy.bfloat16:
-        dtype_of = policy.dtype_of()
+    if policy.has_twin:
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype_of(name)).to(parameter.dtype)
+            parameter.data = _as_written(parameter.data, policy.type_of(name))
         _run(request, lambda event: None, model, _OF_TWIN)
     return {}
+
+
+def _as_written(parameter: Any, kind: str) -> Any:
+    """A parameter with the rounding of its type in the file, in float32."""
+    import torch
+
+    if kind != "int8":
+        return parameter.to(getattr(torch, kind)).to(parameter.dtype)
+    return torch.from_numpy(Columns.of(parameter.numpy().T).rounded().T)
 
 
 def rounded(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def executed(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 
 def twin(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
-    """Child stage: the float32 twin of a file that ONNX Runtime has no kernels for, on every shape."""
+    """Child stage: the float32 twin of a file that ONNX Runtime rounds in every run or cannot run, on every shape."""
     _execute(request, emit, open_twin(request), "twin")
     return {}
 

@@ -27,7 +27,7 @@ Shape4 = tuple[int, int, int, int]
 TypeOf = Callable[[str], str]
 """From a parameter's name to the type of its layer, a key of BYTES. A layer computes in the type of its weights."""
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _IMAGE_CHANNELS = 3
 
 
@@ -241,7 +241,7 @@ def _trunk_work(config: ModelConfig, sizes: Sizes) -> Iterator[Work]:
         width = hidden.get(component, mlp_width(aggregator.mlp_ratio, dim))
         linear = depth * sizes.images * tokens * _block_linear(dim, width)
         yield Work(f"{component} linear", f"{name}.0.attn.qkv.weight", linear)
-        yield Work(f"{component} attention", f"{name}.0.attn.qkv.weight", depth * sequences * _attention(length, dim))
+        yield Work(f"{component} attention", f"{name}.0.attn.qkv.bias", depth * sequences * _attention(length, dim))
 
 
 def _trunk(config: ModelConfig) -> tuple[tuple[str, int, int], ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.distributions import reinstall
 from moe3d_deploy.errors import EXTRA_OF, BundleError
+from moe3d_deploy.machine import NO_VNNI, multiplies_bytes_exactly
 from moe3d_deploy.manifest import EngineRecord, Manifest
 from moe3d_deploy.trt import Capability, load_faults, plugin_digest, rebuild_command, title
 
@@ -101,6 +102,8 @@ def _model_reasons(manifest: Manifest, onnxruntime: dict[str, Any]) -> Reasons:
         # No MatMul, Add, Softmax, Gelu or Conv in bf16 (ONNX Runtime 1.31).
         remedy = "export with --precision fp32 or fp16 to run it here"
         reasons.append(("ONNX Runtime computes no bf16 on a CPU", remedy))
+    if manifest.only_in_onnxruntime and not multiplies_bytes_exactly():
+        reasons.append((NO_VNNI, "export with --precision fp32 or fp16 to run it here"))
     return reasons
 
 

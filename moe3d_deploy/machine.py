@@ -8,6 +8,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
+NO_VNNI = "ONNX Runtime's products in 8 bits overflow on this processor, which has no VNNI"
 _UNLIMITED_BYTES = 1 << 62  # cgroup v1 has no word for "no limit", but a number near 2^63
 
 
@@ -15,6 +16,15 @@ def cpu_name() -> str:
     """The model name; on machines whose kernel gives none (most 64-bit Arm ones), the architecture."""
     names = re.findall(r"^model name\s*: (.+)$", (_PROC / "cpuinfo").read_text(), re.MULTILINE)
     return names[0].strip() if names else platform.machine()
+
+
+def multiplies_bytes_exactly() -> bool:
+    """Whether ONNX Runtime's products in 8 bits are exact on this processor.
+
+    Without VNNI an x86 processor adds two products in 16 bits, where 255 * 127 twice is too much and is cut off.
+    """
+    flags = re.findall(r"^flags\s*: (.+)$", (_PROC / "cpuinfo").read_text(), re.MULTILINE)  # none on Arm
+    return not flags or not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags[0].split())
 
 
 def usable_cores() -> int:

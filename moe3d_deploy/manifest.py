@@ -280,6 +280,11 @@ class Manifest:
         return self.precision.partition("-")[0] == "bf16"
 
     @property
+    def only_in_onnxruntime(self) -> bool:
+        """Whether the ONNX file holds products in 8 bits, in the form that ONNX Runtime has kernels for on a CPU."""
+        return self.precision == "int8"
+
+    @property
     def config(self) -> ModelConfig:
         """`model_config` as a ModelConfig."""
         return ModelConfig.from_dict(self.model_config)

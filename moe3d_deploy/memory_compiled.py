@@ -9,7 +9,7 @@ from moe3d_deploy.parameter_shapes import DEPTH_CHANNELS, OUTPUT_HIDDEN, mlp_wid
 from moe3d_deploy.tape import FLOAT32, Tape
 
 _PATCH = "aggregator.patch_embed.patch_embed.proj.weight"
-_TRUNK = "aggregator.frame_blocks.0.attn.qkv.weight"
+_TRUNK = "aggregator.frame_blocks.0.attn.qkv.bias"
 _HEAD = "depth_head.scratch.output_conv1.weight"
 
 

@@ -17,7 +17,7 @@ from moe3d_deploy.memory_split import PartMemory, split_memory
 
 MOST_VIEWS = 4096  # where a search for more views ends
 
-GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.weight"
+GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.bias"  # weights alone may have 8 bits
 _LARGEST_VOLUME = 2**31 - 1  # values of a convolution's input or output that TensorRT documents
 _HALF_MAX = 65504
 

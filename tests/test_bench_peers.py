@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from bench_reports import ENVIRONMENT, a_case, a_report, a_round
-from bundles import build_old, write_bundle
+from bundles import build_old, edit_manifest, write_bundle
 from manifests import ENGINE, example_engine
 from models import random_images, relative_error
 from onnx import helper
@@ -126,6 +126,15 @@ def of_bundle(folder: Path, **changes: Any) -> Any:
     if not path.exists():
         write_bundle(path)
     return a_source(kind="bundle", backend="onnxruntime", precision="fp16", source=str(path), **changes)
+
+
+def test_products_in_8_bits_run_nowhere_else(tmp_path: Path) -> None:
+    source = of_bundle(tmp_path)
+    edit_manifest(tmp_path / "bundle", precision="int8")
+    planned = plan_peers([source], SHAPES)
+    assert sorted((item.source.backend, item.missing) for item in planned) == [
+        (backend, "int8 is for ONNX Runtime on a CPU") for backend in sorted(peers.OF_BUNDLE)
+    ]
 
 
 def test_peers_of_a_bundle_without_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

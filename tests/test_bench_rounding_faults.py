@@ -60,12 +60,13 @@ def test_what_fp16_cannot_hold_bf16_can(tmp_path: Path) -> None:
     assert (found.first, found.broken, found.islands) == (None, (), ())
 
 
-def test_float32_has_nothing_to_search(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="fp32 rounds nothing to 16 bits"):
-        search(with_overflow(tmp_path), "fp32", SHAPE, tolerance=TOLERANCE)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_has_no_16_bits_has_nothing_to_search(precision: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{precision} rounds nothing to 16 bits"):
+        search(with_overflow(tmp_path), precision, SHAPE, tolerance=TOLERANCE)
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp32"])
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if PrecisionPolicy(name).sixteen_bit])
 def test_every_16_bit_parameter_belongs_to_a_block(precision: str) -> None:
     model = small_model(CONFIG.moe)
     dtype_of = PrecisionPolicy(precision).dtype_of()

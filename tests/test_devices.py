@@ -93,6 +93,7 @@ def test_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "measured now" in device.source
     assert 1e8 < device.flops["float32"] < 1e14
     assert device.flops["float16"] == device.flops["float32"]
+    assert device.flops["int8"] == 4 * device.flops["float32"]
     assert "bfloat16" not in device.flops
     assert 1e8 < device.bandwidth < 1e13
     assert device.memory > 1e8

@@ -9,6 +9,7 @@ import pytest
 from bundles import build_new, edit_manifest, spoil, write_bundle
 from manifests import ENGINE, example_engine
 
+from moe3d_deploy import doctor_bundles
 from moe3d_deploy.bundle import add_engine
 from moe3d_deploy.doctor_bundles import examine_bundle
 from moe3d_deploy.manifest import EngineRecord
@@ -101,6 +102,20 @@ def test_a_bf16_file_runs_in_no_onnxruntime_on_a_cpu(path: str) -> None:
     found = examine_bundle(path, LIBRARIES, CUDA, GIB)
     assert reasons(found["model"]) == [
         ("ONNX Runtime computes no bf16 on a CPU", "export with --precision fp32 or fp16 to run it here")
+    ]
+
+
+def test_an_int8_file_does_not_run_without_vnni(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_manifest(Path(path), precision="int8")
+    for exact in (True, False):
+        monkeypatch.setattr(doctor_bundles, "multiplies_bytes_exactly", lambda exact=exact: exact)
+        model = examine_bundle(path, LIBRARIES, CUDA, GIB)["model"]
+        assert model["runs"] is exact
+    assert reasons(model) == [
+        (
+            "ONNX Runtime's products in 8 bits overflow on this processor, which has no VNNI",
+            "export with --precision fp32 or fp16 to run it here",
+        )
     ]
 
 

@@ -20,13 +20,14 @@ from moe3d_deploy.errors import InputError
 from moe3d_deploy.export.pipeline import ExportOptions, export_bundle
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.export.source import SourceSpec
+from moe3d_deploy.runtime.onnx_operators import for_onnxruntime
 
 BLOCK = 32
 OF_32 = f"blocks of {BLOCK}"
 
 
 def run(model: onnx.ModelProto, **inputs: NDArray[Any]) -> list[NDArray[Any]]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(for_onnxruntime(model.SerializeToString()), providers=["CPUExecutionProvider"])
     return [np.asarray(array) for array in session.run(None, inputs)]
 
 

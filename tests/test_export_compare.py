@@ -109,10 +109,15 @@ def test_the_limits_of_bf16_are_those_of_half_times_the_ratio_of_their_roundings
     assert brain.headroom == half.headroom
 
 
+def test_int8_has_the_limits_of_bf16() -> None:
+    """8 bits of the largest value of a token or a column, where bfloat16 has 8 bits of every value."""
+    assert Limits.of("int8").errors == Limits.of("bf16").errors
+
+
 def test_every_precision_has_limits() -> None:
     for precision in PRECISIONS:
         assert set(Limits.of(precision).errors["*"]) <= {"max", "mean", "p99"}
-        assert (Limits.of(precision).headroom is None) == (precision == "fp32")
+        assert (Limits.of(precision).headroom is None) == (precision in ("fp32", "int8"))
 
 
 def within(precision: str, **values: dict[str, float]) -> None:

@@ -130,7 +130,7 @@ def test_every_pattern_is_of_a_parameter() -> None:
         assert any(is_on(name, (pattern,)) for name in names), pattern
 
 
-@pytest.mark.parametrize("precision", ["bf16-fp32heads", "int8", "FP16", ""])
+@pytest.mark.parametrize("precision", ["bf16-fp32heads", "int4", "FP16", ""])
 def test_another_precision_is_refused(precision: str) -> None:
     with pytest.raises(
         InputError, match=rf"^precision '{precision}' is unknown; choose from fp32, fp16, fp16-fp32heads, bf16, bf16-"

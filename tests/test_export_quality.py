@@ -113,6 +113,7 @@ def test_every_variant_is_judged(tmp_path: Path) -> None:
         ("fp16-fp32heads", ("executed", "rounded")),
         ("bf16", ("rounded",)),
         ("bf16-fp16heads", ("rounded",)),
+        ("int8", ("executed",)),
     ],
 )
 def test_what_a_cpu_can_tell_of_a_precision(precision: str, kinds: tuple[str, ...]) -> None:

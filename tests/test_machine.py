@@ -30,6 +30,20 @@ def put(root: Path, membership: str, files: dict[str, object]) -> None:
         path.write_text(f"{content}\n")
 
 
+@pytest.mark.parametrize(
+    ("cpuinfo", "exact"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni avx_ifma\n", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", True),  # Arm
+    ],
+)
+def test_which_processors_multiply_bytes_exactly(kernel: Path, cpuinfo: str, exact: bool) -> None:
+    (kernel / "proc" / "cpuinfo").write_text(cpuinfo)
+    assert machine.multiplies_bytes_exactly() is exact
+
+
 def test_without_control_groups_nothing_is_limited(kernel: Path) -> None:
     assert machine.memory_bytes() == 16 * GIB
     assert machine.available_memory_bytes() == 8 * GIB

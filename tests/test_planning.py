@@ -188,6 +188,16 @@ def test_a_type_that_the_device_does_not_compute_is_refused() -> None:
         dataclasses.replace(setup(precision="bf16"), device=DEVICES["t4"])
 
 
+def test_products_in_8_bits_are_planned_on_a_cpu_and_attention_in_float32() -> None:
+    with pytest.raises(InputError, match="device l4 computes no int8, which int8 needs; change one of them"):
+        dataclasses.replace(setup(precision="int8"), device=DEVICES["l4"])
+    shape, rule = (1, 2, 392, 518), PrecisionPolicy("int8").type_of
+    work = costs.flops(MOE3D, *shape)
+    products = sum(work[f"{part} linear"] for part in ("encoder", "frame", "global"))
+    assert costs.flops_by_type(MOE3D, shape, rule) == {"int8": products, "float32": sum(work.values()) - products}
+    assert planning.usual_form(rule, None) == "explicit"  # of an engine, if there were one: attention is float32
+
+
 def test_the_usual_form_follows_the_attentions_type_and_the_device() -> None:
     cpu = Device("cpu", "a CPU", {"float32": 1e11}, 1e10, 1e10, "by hand")
     half, full = (PrecisionPolicy(precision).type_of for precision in ("fp16", "fp32"))

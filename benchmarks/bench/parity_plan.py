@@ -29,6 +29,7 @@ _TORCH = {
 _RUNTIME = {
     "fp32": "ONNX Runtime's own",
     "16-bit": "on a CPU ONNX Runtime computes 16-bit graphs in float32: the weights are rounded, products are not",
+    "8-bit": "ONNX Runtime's own, products in 8 bits",
 }
 
 
@@ -132,7 +133,7 @@ def plan_parity(spec: SourceSpec, bundles: Sequence[str], shapes: Sequence[Shape
             names,
         )
         for precision in precisions
-        if precision != reference
+        if precision != reference and _kind(precision) in _TORCH
     ]
     for bundle, known in zip(opened, weights, strict=True):
         variants += [_of_bundle(bundle, known), *_engines(bundle, known)]
@@ -247,4 +248,5 @@ def _name(bundle: Bundle) -> str:
 
 
 def _kind(precision: str) -> str:
-    return "16-bit" if PrecisionPolicy(precision).sixteen_bit else "fp32"
+    policy = PrecisionPolicy(precision)
+    return "16-bit" if policy.sixteen_bit else "8-bit" if policy.eight_bit else "fp32"

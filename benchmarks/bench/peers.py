@@ -89,8 +89,10 @@ def _of_checkpoint(source: Source, sources: Sequence[Source]) -> Iterator[tuple[
 
 def _of_bundle(source: Source) -> Iterator[tuple[Source, str | None]]:
     manifest = Bundle.open(source.source, verify="sizes", engines=False).manifest
-    split = "the bundle's model is split, and this runs whole ones only" if manifest.parts else None
-    yield dataclasses.replace(source, backend="onnxruntime-cuda", options={}), split or _without_cuda_provider()
+    why = "the bundle's model is split, and this runs whole ones only" if manifest.parts else None
+    if manifest.only_in_onnxruntime:
+        why = f"{manifest.precision} is for ONNX Runtime on a CPU"
+    yield dataclasses.replace(source, backend="onnxruntime-cuda", options={}), why or _without_cuda_provider()
     for builder in reversed(BUILDERS):
         record = next((item for item in manifest.engines if item.builder == builder and item.part is None), None)
         engine = dataclasses.replace(source, backend=builder, options={})
@@ -98,7 +100,7 @@ def _of_bundle(source: Source) -> Iterator[tuple[Source, str | None]]:
             folder = Path(source.source).name
             yield (
                 engine,
-                split or (f"the bundle has no engine of {builder}; add one: moe3d-export {folder} --builder {builder}"),
+                why or (f"the bundle has no engine of {builder}; add one: moe3d-export {folder} --builder {builder}"),
             )
             continue
         engine = dataclasses.replace(engine, precision=record.precision, ranges=_ranges(record, source))

@@ -58,11 +58,11 @@ def search(spec: SourceSpec, precision: str, shape: Shape, *, tolerance: float) 
 
     tolerance   of a block's output, as a share of its largest value
 
-    Raises InputError for fp32, which rounds nothing; Moe3dError where float32 in every block mends nothing.
+    Raises InputError for what rounds nothing to 16 bits; Moe3dError where float32 in every block mends nothing.
     """
     policy = PrecisionPolicy(precision)
     if not policy.sixteen_bit:
-        raise InputError("fp32 rounds nothing to 16 bits; choose a 16-bit precision to search for faults")
+        raise InputError(f"{precision} rounds nothing to 16 bits; choose a 16-bit precision to search for faults")
     reference, reduced = spec.load(PrecisionPolicy("fp32"), ()), spec.load(policy, ())
     images = torch.from_numpy(images_for(shape, reference.config.patch_size))
     blocks = blocks_of(reduced)

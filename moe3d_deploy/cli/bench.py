@@ -9,7 +9,7 @@ import click
 from moe3d_deploy.cli.arguments import given_flags
 from moe3d_deploy.cli.bench_parts import Part, measure_parts
 from moe3d_deploy.errors import InputError
-from moe3d_deploy.export.precision import PRECISIONS
+from moe3d_deploy.export.precision import PRECISIONS, PrecisionPolicy
 
 if TYPE_CHECKING:
     from moe3d_deploy.benchmarks.bench.report import Report
@@ -76,7 +76,7 @@ _INSTEAD_OF_CASES: tuple[str, ...] = ("price", "parity")  # flags of parts which
     help="Measure nothing: what changed from report A to report B beyond noise.",
 )  # fmt: skip
 @click.option(
-    "--bisect", "bisected", type=click.Choice(PRECISIONS[1:]),
+    "--bisect", "bisected", type=click.Choice([name for name in PRECISIONS if PrecisionPolicy(name).sixteen_bit]),
     help="Time nothing: where the checkpoint in this precision leaves float32, and what has to stay float32.",
 )  # fmt: skip
 @click.option(

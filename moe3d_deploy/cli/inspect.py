@@ -15,6 +15,7 @@ from moe3d_deploy.trt import accepted_findings, plugin_digest, rebuild_command
 
 _LABEL_WIDTH = 14
 _ONLY_TENSORRT = "; runs in TensorRT only, as an engine (no CPU runtime has bf16 kernels)"
+_ONLY_ONNXRUNTIME = "; runs in ONNX Runtime on a CPU only"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -62,12 +63,13 @@ def report(path: str, digests: str, manifest: Manifest, faults: Mapping[str, str
         f"patch {config.patch_size}, image size {config.img_size}"
     )
     ranges = manifest.shape_ranges
+    only_in = _ONLY_TENSORRT * manifest.only_in_tensorrt + _ONLY_ONNXRUNTIME * manifest.only_in_onnxruntime
     sections: list[tuple[str, list[str]]] = [
         ("bundle", [f"{path}, digests {digests}"]),
         ("model", [f"{manifest.name}, {experts}", sizes]),
         ("checkpoint", [checkpoint.origin, f"sha256 {checkpoint.sha256 or 'none (no file)'}"]),
         ("licence", [checkpoint.licence]),
-        ("precision", [f"{manifest.precision}, opset {manifest.opset}{_ONLY_TENSORRT * manifest.only_in_tensorrt}"]),
+        ("precision", [f"{manifest.precision}, opset {manifest.opset}{only_in}"]),
         ("images", [f"{prep.mode} to {prep.size}, multiples of {prep.patch_size}, {prep.layout}"]),
         ("inputs", _tensors(manifest.inputs)),
         ("outputs", _tensors(manifest.outputs)),
