@@ -15,7 +15,6 @@ from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.child import Emit
 from moe3d_deploy.errors import ExportError
 from moe3d_deploy.export.compare import Errors, Limits, errors, require_headroom, require_within
-from moe3d_deploy.export.eight_bit import Columns
 from moe3d_deploy.export.precision import PrecisionPolicy
 from moe3d_deploy.runtime.pixels import to_floats
 
@@ -87,6 +86,8 @@ def reference(request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 def _as_written(parameter: Any, kind: str) -> Any:
     """A parameter with the rounding of its type in the file, in float32."""
     import torch
+
+    from moe3d_deploy.export.eight_bit import Columns
 
     if kind != "int8":
         return parameter.to(getattr(torch, kind)).to(parameter.dtype)

@@ -48,7 +48,7 @@ def test_products_in_8_bits_have_no_form_in_pytorch(bundle: Path) -> None:
     edit_manifest(bundle, precision="int8")
     found = [(variant.backend, variant.precision, variant.arithmetic) for variant in a_plan(bundle).variants[3:]]
     assert found[0] == ("onnxruntime", "int8", "ONNX Runtime's own, products in 8 bits")
-    assert [backend for backend, *_ in found[1:]] == ["tensorrt-rtx", "tensorrt"]  # which it has no engine of
+    assert [backend for backend, *_ in found[1:]] == ["tensorrt", "tensorrt-rtx"]  # which it has no engine of
 
 
 def test_a_bundle_of_the_same_weights_is_known_by_their_digest(bundle: Path) -> None:

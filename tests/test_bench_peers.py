@@ -29,6 +29,7 @@ from moe3d_deploy.benchmarks.bench.run import Options, run_cases
 from moe3d_deploy.benchmarks.bench.runners import TorchRunner, infer, open_runner
 from moe3d_deploy.bundle import add_engine
 from moe3d_deploy.cli.bench import _PEERS
+from moe3d_deploy.costs import total_flops
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.export.contract import DEFAULT_OUTPUTS
 from moe3d_deploy.runtime.session import Session
@@ -135,6 +136,14 @@ def test_products_in_8_bits_run_nowhere_else(tmp_path: Path) -> None:
     assert sorted((item.source.backend, item.missing) for item in planned) == [
         (backend, "int8 is for ONNX Runtime on a CPU") for backend in sorted(peers.OF_BUNDLE)
     ]
+
+
+@pytest.mark.parametrize(("precision", "types"), [("fp16", {"float32"}), ("int8", {"float32", "int8"})])
+def test_what_onnxruntime_computes_on_a_cpu(precision: str, types: set[str], tmp_path: Path) -> None:
+    source = dataclasses.replace(of_bundle(tmp_path), precision=precision)
+    work = Planned(source, SHAPES[0]).case(reason="it was not run").work
+    assert work.keys() == types
+    assert sum(work.values()) == total_flops(source.config, *SHAPES[0][1:], batch=SHAPES[0][0])
 
 
 def test_peers_of_a_bundle_without_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

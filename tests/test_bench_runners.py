@@ -81,6 +81,16 @@ def test_ceilings_are_rates_of_what_was_done(library: str, monkeypatch: pytest.M
     assert min(ran) > 0
 
 
+def test_products_in_8_bits_have_a_ceiling_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COPY_BYTES", 64 << 10)
+    monkeypatch.setattr(module, "_CPU_SIDES", (32, 64))
+    monkeypatch.setattr(module, "_CPU_MAPS", ((4, 8),))
+    monkeypatch.setattr(module, "_fastest", lambda timer, effort: timer() and 1e-3)
+    found = onnxruntime_ceilings(1, types=("float32", "int8")).flops_per_second
+    assert list(found) == ["float32", "int8"]
+    assert (found["int8"].matmul, found["int8"].convolution) == (pytest.approx(2 * 64**3 / 1e-3), 0)
+
+
 def test_the_fastest_run_is_the_ceiling() -> None:
     times = iter([5.0, 9.0, 2.0, 7.0])
     effort = Effort(min_runs=3, max_runs=3, warmup_budget_ms=0)

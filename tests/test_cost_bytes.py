@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 from cost_models import ODD, configs, meta_model
 from hypothesis import given, settings
 
@@ -109,11 +110,10 @@ def test_parameters_of_the_presets_are_the_known_counts() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("point_head", [True, False])
 def test_weight_bytes_are_those_of_the_model_in_that_precision(precision: str, point_head: bool) -> None:
-    policy = PrecisionPolicy(precision)
-    dtype_of = policy.dtype_of()
+    type_of = PrecisionPolicy(precision).type_of
     state = meta_model(dataclasses.replace(MOE3D, point_head=point_head)).state_dict()
-    expected = sum(tensor.numel() * dtype_of(name).itemsize for name, tensor in state.items())
-    assert costs.weight_bytes(MOE3D, policy.type_of, point_head=point_head) == expected
+    expected = sum(tensor.numel() * getattr(torch, type_of(name)).itemsize for name, tensor in state.items())
+    assert costs.weight_bytes(MOE3D, type_of, point_head=point_head) == expected
 
 
 # Of ODD's values, those that a precision has in half; the point head's come on top.

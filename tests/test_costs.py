@@ -116,11 +116,11 @@ def test_modules_are_the_published_counts() -> None:
 ODD_TRUNK = [
     ("encoder patch conv", "aggregator.patch_embed.patch_embed.proj.weight", 2 * 6 * 20 * 3 * 49 * 24),
     ("encoder linear", "aggregator.patch_embed.blocks.0.attn.qkv.weight", 2 * 2 * 6 * 24 * (4 * 576 + 2 * 24 * 55)),
-    ("encoder attention", "aggregator.patch_embed.blocks.0.attn.qkv.weight", 2 * 4 * 6 * 24 * 24 * 24),
+    ("encoder attention", "aggregator.patch_embed.blocks.0.attn.qkv.bias", 2 * 4 * 6 * 24 * 24 * 24),
     ("frame linear", "aggregator.frame_blocks.0.attn.qkv.weight", 3 * 2 * 6 * 22 * (4 * 576 + 2 * 24 * 74)),
-    ("frame attention", "aggregator.frame_blocks.0.attn.qkv.weight", 3 * 4 * 6 * 22 * 22 * 24),
+    ("frame attention", "aggregator.frame_blocks.0.attn.qkv.bias", 3 * 4 * 6 * 22 * 22 * 24),
     ("global linear", "aggregator.global_blocks.0.attn.qkv.weight", 3 * 2 * 6 * 22 * (4 * 576 + 2 * 24 * 74)),
-    ("global attention", "aggregator.global_blocks.0.attn.qkv.weight", 3 * 4 * 2 * (3 * 22) ** 2 * 24),
+    ("global attention", "aggregator.global_blocks.0.attn.qkv.bias", 3 * 4 * 2 * (3 * 22) ** 2 * 24),
     # an iteration: 2 x 6 x (9 x 48 + 3 x 2304), 5 x (24 x 6 x 2304 + 4 x 2 x 9 x 48) and 2 x 6 x (48 x 24 + 24 x 9)
     ("camera head", "camera_head.trunk.0.attn.qkv.weight", 3 * (88_128 + 5 * (331_776 + 3_456) + 16_416)),
 ]

@@ -223,7 +223,7 @@ def test_the_twin_shows_a_wrong_scale_that_the_file_itself_would_hide(tmp_path: 
     scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.003), scale.name))
     wrong = tmp_path / "wrong"
     wrong.mkdir()
-    onnx.save(model, wrong / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    onnx.save(model, wrong / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     found = {"file": OnnxBackend(wrong / "model.onnx").run(images)}
     found["twin"] = OnnxBackend(float32_twin(wrong / "model.onnx", wrong)).run(images)
 

@@ -178,7 +178,7 @@ def test_a_chunk_of_every_view_is_no_chunk() -> None:
     [
         ({"form": "lazy"}, "form 'lazy' is unknown; choose from eager, fused, explicit"),
         ({"form": "eager", "precision": "fp16"}, "form 'eager' is float32 only, not fp16"),
-        ({"form": "fused", "precision": "int8"}, "precision 'int8' is unknown; choose from fp32, fp16"),
+        ({"form": "fused", "precision": "int4"}, "precision 'int4' is unknown; choose from fp32, fp16"),
         ({"form": "fused", "view_chunk": 2}, "form 'fused' runs all views at once; leave view_chunk out"),
         ({"form": "eager", "view_chunk": 0}, "view_chunk must be at least 1, got 0"),
         ({"form": "eager", "shape": (1, 0, 14, 14)}, "shape 1x0x14x14: expected 4 sizes of at least 1"),

@@ -97,22 +97,26 @@ def ceilings(cases: Sequence[Case]) -> Table:
     rows = []
     for case in cases:
         found = figures.ceilings(case.rounds)
-        (kind, rates), *_ = found.flops_per_second.items()
         reached = figures.reached_flops(case)
-        rows.append(
-            (
-                *_what(case),
-                text.rate(found.copy_bytes_per_second, "B"),
-                text.rate(rates.matmul, "FLOP"),
-                text.rate(rates.convolution, "FLOP"),
-                kind,
-                text.number(sum(case.work.values()) / 1e9),
-                text.rate(reached, "FLOP"),
-                f"{text.number(100 * reached / figures.flops_ceiling(case), 2)} %",
+        of_all = (text.rate(reached, "FLOP"), f"{text.number(100 * reached / figures.flops_ceiling(case), 2)} %")
+        for index, (kind, work) in enumerate(case.work.items()):
+            rates = found.flops_per_second[kind]
+            rows.append(
+                (
+                    *_what(case),
+                    text.rate(found.copy_bytes_per_second, "B"),
+                    text.rate(rates.matmul, "FLOP"),
+                    text.rate(rates.convolution, "FLOP") if rates.convolution else text.ABSENT,
+                    kind,
+                    text.number(work / 1e9),
+                    *(of_all if index == 0 else (text.ABSENT, text.ABSENT)),
+                )
             )
-        )
     header = (*_WHAT, "copy", "matmul", "convolution", "type", "GFLOP of a run", "reached", "of the ceiling")
-    note = "The fastest run of each, in the library and the processes that ran the model. Read and written bytes count."
+    note = (
+        "The fastest run of each, in the library and the processes that ran the model. Read and written bytes count. A "
+        "row for every type that computes; what was reached is of all of them together."
+    )
     return Table("Ceilings", header, tuple(rows), _WORDS, note)
 
 

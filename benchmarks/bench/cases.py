@@ -135,10 +135,9 @@ class Planned:
         """The case with what was measured, and what the arithmetic says beside it."""
         source, shape = self.source, self.shape
         type_of = PrecisionPolicy(source.precision).type_of
-        work = costs.flops_by_type(source.config, shape, type_of)
         form, in_float32 = _FORM[source.backend]
-        if in_float32:
-            work = {"float32": sum(work.values())}
+        computed = _widened(type_of) if in_float32 else type_of
+        work = costs.flops_by_type(source.config, shape, computed)
         # `memory` knows PyTorch in float32 only.
         in_memory = "fp32" if in_float32 or form == "eager" else source.precision
         chunk = source.options.get("view_chunk")
@@ -183,6 +182,11 @@ def plan_cases(sources: Sequence[Source], shapes: Sequence[Shape]) -> list[Plann
             planned.append(Planned(source, shape))
     check_labels(planned)
     return planned
+
+
+def _widened(type_of: costs.TypeOf) -> costs.TypeOf:
+    """What ONNX Runtime computes each layer in on a CPU."""
+    return lambda name: "int8" if type_of(name) == "int8" else "float32"
 
 
 def check_labels(planned: Sequence[Planned]) -> None:

@@ -66,28 +66,40 @@ def torch_ceilings(device: str, *, types: Sequence[str] = ("float32",), effort: 
     return Ceilings(copied, rates)
 
 
-def onnxruntime_ceilings(threads: int, *, effort: Effort = _EFFORT) -> Ceilings:
-    """Of ONNX Runtime in float32, which is what it computes 16-bit graphs in too, on the CPU with `threads` threads.
+def onnxruntime_ceilings(threads: int, *, types: Sequence[str] = ("float32",), effort: Effort = _EFFORT) -> Ceilings:
+    """Of ONNX Runtime on the CPU with `threads` threads, in "float32", as which it computes 16 bits, and "int8".
 
-    Every model has one node. The copy is a negation: a node that only copies may be left out.
+    Every model has one node. The copy is a negation: a node that only copies may be left out. Convolutions are float32
+    in every model, so those of int8 count as 0.
     """
     random = np.random.default_rng(0)
 
-    def matmul(side: int) -> float:
-        a, b = random.random((2, side, side), np.float32)
-        return 2 * side**3 / _fastest(_node("MatMul", (a, b), a.shape, threads), effort)
+    def matmul(kind: str, side: int) -> float:
+        if kind == "int8":
+            tokens, weight = (random.integers(0, 127, (side, side), dtype) for dtype in (np.uint8, np.int8))
+            timer = _node("MatMulInteger", (tokens, weight, np.uint8(128)), np.empty((side, side), np.int32), threads)
+        else:
+            a, b = random.random((2, side, side), np.float32)
+            timer = _node("MatMul", (a, b), np.empty_like(a), threads)
+        return 2 * side**3 / _fastest(timer, effort)
 
     def convolution(size: tuple[int, int]) -> float:
         channels, side = size
         image = random.random((1, channels, side, side), np.float32)
         weight = random.random((channels, channels, 3, 3), np.float32)
-        seconds = _fastest(_node("Conv", (image, weight), image.shape, threads, pads=[1] * 4), effort)
+        seconds = _fastest(_node("Conv", (image, weight), np.empty_like(image), threads, pads=[1] * 4), effort)
         return _convolution_flops(size) / seconds
 
     values = np.ones(_COPY_BYTES // 4, np.float32)
-    copied = 2 * _COPY_BYTES / _fastest(_node("Neg", (values,), values.shape, threads), effort)
-    rates = Rates(max(map(matmul, _CPU_SIDES)), max(map(convolution, _CPU_MAPS)))
-    return Ceilings(copied, {"float32": rates})
+    copied = 2 * _COPY_BYTES / _fastest(_node("Neg", (values,), np.empty_like(values), threads), effort)
+    rates = {
+        kind: Rates(
+            max(matmul(kind, side) for side in _CPU_SIDES),
+            max(map(convolution, _CPU_MAPS)) if kind == "float32" else 0.0,
+        )
+        for kind in types
+    }
+    return Ceilings(copied, rates)
 
 
 def _convolution_flops(size: tuple[int, int]) -> int:
@@ -100,18 +112,25 @@ def _fastest(timer: Timer, effort: Effort) -> float:
     return min(collect(timer, effort=effort).times_ms) / 1e3
 
 
-def _node(operator: str, inputs: Sequence[np.ndarray], shape: Sequence[int], threads: int, **attributes: Any) -> Timer:
-    """A timer of one node in ONNX Runtime, from and to memory that is already there. The last of two inputs is stored
-    in the file, as weights are."""
+def _node(operator: str, inputs: Sequence[Any], output: np.ndarray, threads: int, **attributes: Any) -> Timer:
+    """A timer of one node in ONNX Runtime, from and to memory that is already there. All inputs but the first are
+    stored in the file, as weights are."""
     onnx, ort = load_package("onnx"), load_package("onnxruntime")
-    names = ["x", "w"][: len(inputs)]
-    info, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    names = ["x", "w", "z"][: len(inputs)]
+
+    def info(name: str, array: np.ndarray) -> Any:
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        return onnx.helper.make_tensor_value_info(name, kind, array.shape)
+
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(operator, names, ["y"], **attributes)],
         operator,
-        [info("x", kind, inputs[0].shape)],
-        [info("y", kind, shape)],
-        [onnx.numpy_helper.from_array(value, name) for name, value in zip(names[1:], inputs[1:], strict=True)],
+        [info("x", inputs[0])],
+        [info("y", output)],
+        [
+            onnx.numpy_helper.from_array(np.asarray(value), name)
+            for name, value in zip(names[1:], inputs[1:], strict=True)
+        ],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
     options = ort.SessionOptions()
@@ -119,7 +138,7 @@ def _node(operator: str, inputs: Sequence[np.ndarray], shape: Sequence[int], thr
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(inputs[0]))
-    binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32)))
+    binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_numpy(output))
 
     def run() -> float:
         started = time.perf_counter()

@@ -253,7 +253,8 @@ class OnnxRunner:
         return None
 
     def ceilings(self) -> Ceilings:
-        return onnxruntime_ceilings(self.threads)
+        types = ("float32", "int8") if self._bundle.manifest.only_in_onnxruntime else ("float32",)
+        return onnxruntime_ceilings(self.threads, types=types)
 
     def nodes(self) -> int:
         bundle = self._bundle
