@@ -45,7 +45,7 @@ def test_the_bars_are_judged_by_the_means_beside_them(row: dict[str, Any]) -> No
 
 def test_every_precision_was_judged_and_is_within_its_limits() -> None:
     rows = result("quality")["deployment"]
-    assert {row["precision"] for row in rows} == {"fp32", "fp16", "bf16"}
+    assert {row["precision"] for row in rows} == {"fp32", "fp16", "bf16", "int8"}
     assert [row for row in rows if not row.get("within_limits")] == []
 
 
