@@ -18,6 +18,7 @@ from moe3d_deploy.memory_split import PartMemory, split_memory
 MOST_VIEWS = 4096  # where a search for more views ends
 
 GLOBAL_ATTENTION = "aggregator.global_blocks.0.attn.qkv.bias"  # weights alone may have 8 bits
+_PRODUCT = "aggregator.global_blocks.0.attn.qkv.weight"
 _LARGEST_VOLUME = 2**31 - 1  # values of a convolution's input or output that TensorRT documents
 _HALF_MAX = 65504
 
@@ -61,7 +62,8 @@ class Setup:
 
     @property
     def on_cpu(self) -> bool:
-        return self.device is not None and self.device.name == CPU
+        """Whether ONNX Runtime, or PyTorch, runs it on the CPU."""
+        return _on_cpu(self.type_of, self.device)
 
     @functools.cached_property
     def allowed(self) -> ShapeRanges:
@@ -126,8 +128,12 @@ class ShapePlan:
 
 def usual_form(type_of: TypeOf, device: Device | None) -> str:
     """The attention's form where nobody says otherwise: engines fuse it in 16 bits, ONNX Runtime on a CPU always."""
-    on_cpu = device is not None and device.name == CPU
-    return "fused" if on_cpu or type_of(GLOBAL_ATTENTION) != "float32" else "explicit"
+    return "fused" if _on_cpu(type_of, device) or type_of(GLOBAL_ATTENTION) != "float32" else "explicit"
+
+
+def _on_cpu(type_of: TypeOf, device: Device | None) -> bool:
+    """Whether that is the device, or the only place for products in 8 bits."""
+    return device.name == CPU if device else type_of(_PRODUCT) == "int8"
 
 
 def usual_shapes(config: ModelConfig) -> list[Shape4]:

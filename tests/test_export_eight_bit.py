@@ -36,9 +36,9 @@ SHAPE = (1, 2, 3, 2)  # B, S, rows, columns
 
 
 @functools.cache
-def bundle(split: str | None = None) -> Bundle:
+def bundle(**changes: Any) -> Bundle:
     path = exports.new_folder("bundle") / "small"
-    options = ExportOptions(PrecisionPolicy("int8"), shapes=(SHAPE, (2, 1, 1, 1)), split=split)
+    options = ExportOptions(PrecisionPolicy("int8"), shapes=(SHAPE, (2, 1, 1, 1)), **changes)
     return export_bundle(SourceSpec(str(exports.checkpoint())), path, options).bundle
 
 
@@ -174,7 +174,7 @@ def test_which_parameters_have_8_bits() -> None:
 
 @pytest.mark.parametrize("split", [None, "heads", "encoder"])
 def test_a_file_has_every_weight_of_the_trunk_in_8_bits_and_no_other(split: str | None) -> None:
-    whole = bundle(split)
+    whole = bundle(split=split) if split else bundle()
     paths = list(whole.part_paths.values()) or [whole.model_path]
     protos = [onnx.load(path) for path in paths]
     nodes = [node for proto in protos for node in proto.graph.node]
@@ -187,9 +187,11 @@ def test_a_file_has_every_weight_of_the_trunk_in_8_bits_and_no_other(split: str 
         assert {tensor.name for tensor in proto.graph.initializer} <= read
 
 
-@pytest.mark.parametrize("split", [None, "encoder"])
-def test_the_bundle_was_verified_itself_and_by_its_twin(split: str | None) -> None:
-    verification = bundle(split).manifest.verification
+@pytest.mark.parametrize(
+    "changes", [{}, {"split": "encoder"}, {"opset": 23, "input": "uint8", "merge": False}], ids=["", "split", "others"]
+)
+def test_the_bundle_was_verified_itself_and_by_its_twin(changes: dict[str, Any]) -> None:
+    verification = bundle(**changes).manifest.verification
     assert verification.status == "passed"
     assert verification.limits == {**Limits.of("int8").errors, "twin": Limits.of("fp32").errors}
     assert verification.headroom == {}

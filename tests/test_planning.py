@@ -195,7 +195,8 @@ def test_products_in_8_bits_are_planned_on_a_cpu_and_attention_in_float32() -> N
     work = costs.flops(MOE3D, *shape)
     products = sum(work[f"{part} linear"] for part in ("encoder", "frame", "global"))
     assert costs.flops_by_type(MOE3D, shape, rule) == {"int8": products, "float32": sum(work.values()) - products}
-    assert planning.usual_form(rule, None) == "explicit"  # of an engine, if there were one: attention is float32
+    nowhere_said = dataclasses.replace(setup(precision="int8"), form=planning.usual_form(rule, None))
+    assert (nowhere_said.form, nowhere_said.on_cpu) == ("fused", True)
 
 
 def test_the_usual_form_follows_the_attentions_type_and_the_device() -> None:
