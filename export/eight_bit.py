@@ -143,7 +143,8 @@ def _n(name: str) -> str:
 def _added(value: ir.Value) -> set[str]:
     """Names of the constants that are added to a value."""
     sums = [use.node for use in value.uses() if use.node.op_type == "Add"]
-    return {str(other.name) for node in sums for other in node.inputs if other is not None and other.const_value}
+    others = [other for node in sums for other in node.inputs if other is not None]
+    return {str(other.name) for other in others if other.const_value is not None}
 
 
 def _columns(graph: ir.Graph, weight: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:

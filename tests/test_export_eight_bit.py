@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moe3d_deploy.bundle import Bundle
 from moe3d_deploy.costs import parameters_by_type
-from moe3d_deploy.errors import ExportError, InputError, Moe3dError
+from moe3d_deploy.errors import BundleError, ExportError, InputError, Moe3dError
 from moe3d_deploy.export import eight_bit, verify
 from moe3d_deploy.export.compare import Limits, beyond, errors
 from moe3d_deploy.export.eight_bit import Columns
@@ -241,6 +241,11 @@ def test_a_processor_that_would_overflow_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Moe3dError, match=r"model\.onnx: .* overflow on this processor, which has no VNNI; take a bun"):
         OnnxBackend(bundle().model_path)
     assert OnnxBackend(exports.bundle().path / "model.onnx").output_names  # has none of these products
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"model\.onnx: No such file or directory; copy the bundle or export it"):
+        OnnxBackend(tmp_path / "model.onnx")
 
 
 def test_no_engine_is_built_of_it() -> None:
