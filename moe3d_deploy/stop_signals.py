@@ -31,6 +31,7 @@ def stop_signals_raise(last: bool) -> Iterator[None]:
            without the traceback of an error within an error. Else the handlers are those of before
     Only in the main thread, and only a signal for which the program that calls has no handler of its own.
     """
+    global _waiting
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -42,6 +43,7 @@ def stop_signals_raise(last: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        _waiting = False  # nothing is to be sent to a caller whose handlers are back
         for number in ours:
             if signal.getsignal(number) is stop:
                 signal.signal(number, signal.SIG_DFL if last else before[number])
