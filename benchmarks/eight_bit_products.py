@@ -26,7 +26,6 @@ DOMAIN = "com.microsoft"
 FLOAT32, PER_TENSOR, PER_TOKEN = "float32", "per tensor", "per token"
 BLOCKS = {f"blocks of {size}": size for size in (32, 128)}
 FORMS = (PER_TENSOR, PER_TOKEN, *BLOCKS)
-_LARGEST = 127
 _ZERO = 128  # of what is stored without sign
 
 
@@ -71,10 +70,10 @@ def _in_blocks(x: str, weight: Array, y: str, size: int) -> Product:
         raise InputError(
             f"a weight of {rows} rows cannot be cut into blocks of {size}; choose a model with wider blocks"
         )
-    blocks = weight.T.reshape(columns, rows // size, size)
-    scale = _scale(blocks, axis=2)
-    values = (np.rint(blocks / scale[..., None]) + _ZERO).astype(np.uint8)
-    tensors = [_tensor(f"{y}.weight", values), _tensor(f"{y}.scale", scale)]
+    shape = columns, rows // size
+    blocks = Columns.of(weight.T.reshape(-1, size).T)
+    values = (blocks.values.T + np.int16(_ZERO)).astype(np.uint8).reshape(*shape, size)
+    tensors = [_tensor(f"{y}.weight", values), _tensor(f"{y}.scale", blocks.scale.reshape(shape))]
     options = {"K": rows, "N": columns, "bits": 8, "block_size": size, "accuracy_level": 4}
     inputs = [x, *(tensor.name for tensor in tensors)]
     return Product([helper.make_node("MatMulNBits", inputs, [y], domain=DOMAIN, **options)], tensors)
@@ -128,11 +127,6 @@ def chain(form: str, weights: Iterable[tuple[str, str, Array]], inputs: dict[str
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     _import(model)
     return model
-
-
-def _scale(weight: Array, axis: int) -> Array:
-    largest = np.abs(weight).max(axis=axis)
-    return np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1)).astype(np.float32)
 
 
 def _tensor(name: str, values: Any) -> onnx.TensorProto:

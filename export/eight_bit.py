@@ -36,13 +36,18 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, weight: NDArray[np.float32]) -> "Columns":
-        largest = np.maximum(weight.max(axis=0), -weight.min(axis=0))
-        scale = np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1)).astype(np.float32)
+        scale = _scale(weight)
         return cls(np.rint(weight / scale).astype(np.int8), scale)
 
     def rounded(self) -> NDArray[np.float32]:
         """The weight that these columns stand for."""
         return self.values * self.scale
+
+
+def _scale(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Of every column of a weight (K, N); 1 for one of zeros."""
+    largest = np.maximum(weight.max(axis=0), -weight.min(axis=0))
+    return np.where(largest > 0, largest / np.float32(_LARGEST), np.float32(1)).astype(np.float32)
 
 
 def quantize_products(graph: ir.Graph, is_chosen: Callable[[str], bool]) -> int:
@@ -152,8 +157,11 @@ def _columns(graph: ir.Graph, weight: ir.Value, name: str) -> tuple[ir.Value, ir
     stored = weight.const_value
     rows, columns = stored.shape.numpy()  # type: ignore[union-attr]
 
-    def columns_of() -> Columns:
-        return Columns.of(stored.numpy())  # type: ignore[union-attr]
+    def values() -> ir.TensorProtocol:
+        return ir.tensor(Columns.of(stored.numpy()).values)  # type: ignore[union-attr]
+
+    def scale() -> ir.TensorProtocol:
+        return ir.tensor(_scale(stored.numpy()))  # type: ignore[union-attr]
 
     def add(suffix: str, dtype: ir.DataType, shape: ir.Shape, compute: Callable[[], ir.TensorProtocol]) -> ir.Value:
         tensor = ir.LazyTensor(compute, dtype=dtype, shape=shape)
@@ -162,6 +170,6 @@ def _columns(graph: ir.Graph, weight: ir.Value, name: str) -> tuple[ir.Value, ir
         return value
 
     return (
-        add("int8", ir.DataType.INT8, ir.Shape([rows, columns]), lambda: ir.tensor(columns_of().values)),
-        add("scale", ir.DataType.FLOAT, ir.Shape([columns]), lambda: ir.tensor(columns_of().scale)),
+        add("int8", ir.DataType.INT8, ir.Shape([rows, columns]), values),
+        add("scale", ir.DataType.FLOAT, ir.Shape([columns]), scale),
     )
