@@ -97,13 +97,15 @@ def _roofline(axes: Any, cases: Sequence[Case]) -> None:
     for case in cases:
         copy = figures.ceilings(case.rounds).copy_bytes_per_second / 1e9
         peak = figures.flops_ceiling(case) / 1e9
-        roof = roofs.setdefault(case.backend, [copy, peak])
-        roofs[case.backend] = [max(roof[0], copy), max(roof[1], peak)]
+        # Each mix of types has a roof of its own.
+        name = " ".join([case.backend, *(kind for kind in case.work if kind != "float32")])
+        roof = roofs.setdefault(name, [copy, peak])
+        roofs[name] = [max(roof[0], copy), max(roof[1], peak)]
     low = min([x for x, _ in points] + [peak / copy for copy, peak in roofs.values()]) / 4
     high = max(x for x, _ in points) * 4
-    for (backend, (copy, peak)), style in zip(roofs.items(), ("-", "--", "-."), strict=False):
+    for (name, (copy, peak)), style in zip(roofs.items(), itertools.cycle(("-", "--", "-.", ":")), strict=False):
         ridge = peak / copy
-        label = f"{backend}: {copy:.3g} GB/s, {peak:.4g} GFLOP/s"
+        label = f"{name}: {copy:.3g} GB/s, {peak:.4g} GFLOP/s"
         axes.plot([low, ridge, high], [low * copy, peak, peak], color=INK, linestyle=style, linewidth=1, label=label)
     for (label, group), style in zip(_lines(cases), _styles(), strict=False):
         places = [(figures.intensity(case), figures.reached_flops(case) / 1e9) for case in group]
