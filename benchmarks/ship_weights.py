@@ -1,6 +1,6 @@
 """A trained checkpoint of moe3d-tiny becomes the package data that the preset means.
 
-    python -m moe3d_deploy.benchmarks.ship_weights --phase first --phase second second/checkpoint
+    python -m moe3d_deploy.benchmarks.ship_weights second/checkpoint
 
 Writes moe3d_deploy/weights/moe3d-tiny.safetensors in float16 and the JSON beside it, with the options, samples and
 hours of each phase of the training, and the machine, which is taken to be this one. FACTS is a JSON object of what else
@@ -19,7 +19,7 @@ import click
 
 from moe3d_deploy import shipped_weights, strict_json
 from moe3d_deploy.benchmarks.environment import without_paths
-from moe3d_deploy.benchmarks.training_phases import phase
+from moe3d_deploy.benchmarks.training_phases import phase, phases_behind
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.errors import CheckpointError, InputError, require
@@ -29,7 +29,6 @@ from moe3d_deploy.evaluation.measures import measure
 from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.files import atomic_path, sha256_file
 from moe3d_deploy.machine import cpu_name, usable_cores
-from moe3d_deploy.training.run_folder import OPTIONS_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +49,8 @@ _SHOWN = 3  # tensors that rounding moves most
 @click.argument("checkpoint", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--phase", "runs", type=click.Path(path_type=Path), multiple=True,
-    help="Folder of a run of the training, in their order; may be repeated.  [default: the run of CHECKPOINT]",
+    help="Folder of a run of the training, in their order; may be repeated.  [default: the run of CHECKPOINT and those "
+    "before it]",
 )  # fmt: skip
 @click.option("--facts", type=click.Path(path_type=Path), help="JSON object that goes into the training facts.")
 @click.option(
@@ -64,8 +64,8 @@ def main(checkpoint: Path, runs: tuple[Path, ...], facts: Path | None, judge: in
     require("scipy")
     source = open_checkpoint(checkpoint)
     require_shippable(source)
-    own = checkpoint.resolve().parent
-    training = training_facts(source, runs or ((own,) if (own / OPTIONS_FILE).is_file() else ()), facts)
+    phases = [phase(run) for run in runs] if runs else phases_behind(checkpoint)
+    training = training_facts(source, phases, facts)
     change = effect_of_rounding(source, judge)
     require_small(source, change)
     moved = ship(source, training, change)
@@ -78,15 +78,15 @@ def main(checkpoint: Path, runs: tuple[Path, ...], facts: Path | None, judge: in
     click.echo(f"next         moe3d-export {PRESET} -o bundle --verify-quality")
 
 
-def training_facts(source: "WeightSource", runs: Sequence[Path], facts: Path | None) -> dict[str, Any]:
-    """What the JSON says of the training: the checkpoint, the runs that led to it, the machine, the user's facts.
+def training_facts(source: "WeightSource", phases: Sequence[dict[str, Any]], facts: Path | None) -> dict[str, Any]:
+    """What the JSON says of the training: the checkpoint, the phases that led to it, the machine, the user's facts.
 
-    No string keeps a folder of this machine. Raises InputError for a folder that is no run, a file that is no JSON
-    object, and for facts under a name of RESERVED.
+    No string keeps a folder of this machine. Raises InputError for a file that is no JSON object, and for facts under a
+    name of RESERVED.
     """
     told: dict[str, Any] = {
         "checkpoint": {"origin": source.origin, "sha256": source.sha256()},
-        "phases": [phase(run) for run in runs],
+        "phases": list(phases),
         "machine": f"{usable_cores()} cores of {cpu_name()}",
     }
     if facts:

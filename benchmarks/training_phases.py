@@ -1,11 +1,14 @@
 """What a training was, phase by phase, from the folders of its runs: options, steps, samples, hours; and as a table."""
 
 import dataclasses
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
+from moe3d_deploy.benchmarks.environment import without_paths
+from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import InputError
+from moe3d_deploy.shipped_weights import shipped_weights
 from moe3d_deploy.training.logs import read_log
 from moe3d_deploy.training.options import TrainOptions
 from moe3d_deploy.training.run_folder import OPTIONS_FILE
@@ -17,6 +20,8 @@ def phase(run: Path) -> dict[str, Any]:
     """The options of a run in the folder `run`, how far it came, and how long that took on its machine.
 
     seconds   of training, without the start, from the log: between its lines samples come at the rate that they tell
+    options   without the folders of this machine
+
     Raises InputError for a folder that is no run, CheckpointError for options of another version, OSError.
     """
     log = run / "train.jsonl"
@@ -28,7 +33,35 @@ def phase(run: Path) -> dict[str, Any]:
         raise InputError(f"{run}: its log has no step yet; train it first")
     seconds = sum((now["samples"] - past["samples"]) / now["samples_per_second"] for past, now in pairwise(lines))
     told = {"steps": lines[-1]["step"], "samples": lines[-1]["samples"], "seconds": round(seconds)}
-    return {"options": options.to_dict(), **told}
+    kept = {key: without_paths(value) if isinstance(value, str) else value for key, value in options.to_dict().items()}
+    return {"options": kept, **told}
+
+
+def phases_behind(checkpoint: Path) -> list[dict[str, Any]]:
+    """The phases that led to a run's `checkpoint`, oldest first: of the run, of that which it started from, and so on.
+
+    A run that started from a preset's trained weights comes after the phases that the preset tells of. A source that no
+    run has written, or that was given up with --from-scratch, begins the list; so a checkpoint of no run has none.
+    Raises as `phase`; InputError where the source of a run is gone.
+    """
+    run = checkpoint.resolve().parent
+    if not (run / OPTIONS_FILE).is_file():
+        return []
+    options, own = TrainOptions.read(run / OPTIONS_FILE), phase(run)
+    if options.from_scratch:
+        return [own]
+    if options.source in PRESETS:
+        # What ships by now may hold this run already: only what was there before it counts.
+        return [*takewhile(lambda before: before["options"] != own["options"], shipped_phases(options.source)), own]
+    if not Path(options.source).exists():
+        raise InputError(f"{run}: it started from {options.source}, which is gone; put it back, or name every --phase")
+    return [*phases_behind(Path(options.source)), own]
+
+
+def shipped_phases(preset: str) -> list[dict[str, Any]]:
+    """The phases of a preset's trained weights, none where there are no such weights. Raises CheckpointError."""
+    shipped = shipped_weights(preset)
+    return [] if shipped is None else shipped.training.get("phases", [])
 
 
 def phases_table(facts: dict[str, Any]) -> str:

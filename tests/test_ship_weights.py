@@ -163,7 +163,7 @@ def test_the_runs_phase_and_the_given_facts_are_kept_without_folders(folder: Pat
     (tmp_path / "run" / "train.jsonl").write_text(json.dumps(line) + "\n")
     (tmp_path / "facts.json").write_text('{"hours": 9.5, "machine": "2 cores", "commands": ["/srv/bin/moe3d train"]}')
 
-    assert ship(checkpoint, "--facts", tmp_path / "facts.json") == 0
+    assert ship(checkpoint, "--phase", tmp_path / "run", "--facts", tmp_path / "facts.json") == 0
 
     training = facts(folder)["training"]
     (phase,) = training["phases"]

@@ -1,11 +1,16 @@
 """What a training was, read from its runs' folders and told in a table."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from trained_weights import small_preset, trained_checkpoint
 
-from moe3d_deploy.benchmarks.training_phases import phase, phases_table
+from moe3d_deploy.benchmarks.ship_weights import ship
+from moe3d_deploy.benchmarks.training_phases import phase, phases_behind, phases_table, shipped_phases
+from moe3d_deploy.checkpoint import open_checkpoint
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.training.options import TrainOptions
 
@@ -15,9 +20,12 @@ OPTIONS = TrainOptions(
 )  # fmt: skip
 
 
-def run_folder(path: Path, *lines: dict[str, float]) -> Path:
+LINE = {"step": 300, "samples": 1200, "samples_per_second": 8.0}
+
+
+def run_folder(path: Path, *lines: dict[str, float], **options: Any) -> Path:
     path.mkdir()
-    (path / "options.json").write_text(OPTIONS.to_json())
+    (path / "options.json").write_text(dataclasses.replace(OPTIONS, **options).to_json())
     (path / "train.jsonl").write_text("".join(json.dumps({"kind": "step", **line}) + "\n" for line in lines))
     return path
 
@@ -56,3 +64,38 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
 def test_a_run_without_a_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its log has no step yet"):
         phase(run_folder(tmp_path / "run"))
+
+
+def test_the_phases_behind_a_checkpoint_are_those_of_the_runs_that_it_started_from(tmp_path: Path) -> None:
+    first = run_folder(tmp_path / "first", LINE, seed=1)
+    second = run_folder(tmp_path / "second", LINE, seed=2, source=str(first / "checkpoint"), from_scratch=False)
+    (first / "checkpoint").mkdir()
+    found = phases_behind(second / "checkpoint")
+    assert [each["options"]["seed"] for each in found] == [1, 2]
+    assert found == [phase(first), phase(second)]
+    assert str(tmp_path) not in json.dumps(found)
+    assert phases_behind(tmp_path / "of-no-run" / "checkpoint") == []
+
+    again = run_folder(tmp_path / "again", LINE, seed=3, source=str(first / "checkpoint"))
+    assert phases_behind(again / "checkpoint") == [phase(again)], "it gave up the weights that it started from"
+
+
+def test_a_run_from_trained_weights_comes_after_their_phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when what ships by now came of that run: its own phases do not count twice."""
+    small_preset(tmp_path / "weights", monkeypatch)
+    first = run_folder(tmp_path / "first", LINE, seed=1)
+    run = run_folder(tmp_path / "run", LINE, seed=2, source="moe3d-tiny", from_scratch=False)
+    assert shipped_phases("moe3d-tiny") == []
+    assert phases_behind(run / "checkpoint") == [phase(run)]
+
+    source = open_checkpoint(trained_checkpoint(tmp_path / "any" / "checkpoint"))
+    for shipped in ([phase(first)], [phase(first), phase(run)], [phase(first), phase(run), phase(run)]):
+        ship(source, {"phases": shipped})
+        assert shipped_phases("moe3d-tiny") == shipped
+        assert phases_behind(run / "checkpoint") == [phase(first), phase(run)]
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", LINE, source=str(tmp_path / "first" / "checkpoint"), from_scratch=False)
+    with pytest.raises(InputError, match=r"run: it started from .*first/checkpoint, which is gone; put it back, or"):
+        phases_behind(run / "checkpoint")

@@ -1,0 +1,111 @@
+"""How errors fall with samples: on curves with a known answer, and from two trained stages to the table."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_training_phases import LINE, run_folder
+from trained_weights import small_preset, trained_checkpoint
+
+from moe3d_deploy.benchmarks import learning_curve
+from moe3d_deploy.benchmarks.learning_curve import Trend, stages_table, trend, trend_text
+from moe3d_deploy.cli.main import finish
+
+
+def scenes(count: int = 100, spread: float = 0.3) -> np.ndarray:
+    return np.exp(np.random.default_rng(3).normal(0, spread, count))
+
+
+def test_a_power_of_the_samples_is_found_and_carried_on_to_the_bar() -> None:
+    """0.4 n^-0.25: 0.04 at 10,000 samples, 0.02 at 160,000."""
+    samples = [100, 400, 1600]
+    errors = np.outer([0.4 * n**-0.25 for n in samples], scenes() / scenes().mean())
+    found = trend(samples, errors, 0.02)
+    assert found.power == pytest.approx(0.25)
+    assert found.samples_to_bar == pytest.approx(160_000)
+    assert found.power_interval == pytest.approx((0.25, 0.25)), "every scene falls alike"
+    low, high = found.samples_interval
+    assert low < 160_000 < high
+
+
+def test_scenes_that_fall_unlike_widen_the_interval() -> None:
+    errors = np.stack([scenes(), 0.9 * scenes() * np.exp(np.random.default_rng(4).normal(0, 0.2, 100))])
+    found = trend([1000, 2000], errors, 0.5)
+    low, high = found.power_interval
+    assert low < found.power < high
+    assert high - low == pytest.approx(2 * 1.96 * 0.2 * 1.05 / (math.sqrt(100) * math.log(2)), rel=0.25)
+
+
+def test_no_fall_is_no_way_to_the_bar() -> None:
+    found = trend([1000, 2000], np.stack([scenes(), 1.1 * scenes()]), 0.5)
+    assert found == Trend(pytest.approx(-math.log2(1.1)), pytest.approx((-math.log2(1.1),) * 2), None, (math.inf,) * 2)
+
+
+def report(later: float) -> dict[str, object]:
+    def stage(samples: int, factor: float) -> dict[str, object]:
+        figures = {key: [factor, 3 * factor] for key in learning_curve.KEPT}
+        return {"samples": samples, "seconds": samples, "errors": {"test-seeds": figures, "test-kinds": figures}}
+
+    size = {"count": 2, "views": 4, "height": 168, "width": 224}
+    return {"stages": [stage(3600, 0.16), stage(7200, later)], "scenes": size}
+
+
+def test_the_table_and_what_it_means() -> None:
+    """From 0.32 to 0.16 in one doubling: one more to 0.08, 14,400 samples at one a second."""
+    told = report(0.08)
+    assert stages_table(told).splitlines()[2:4] == [
+        "| 3,600 | 1.0 | 0.3200, 0.3200 | 32.00 %, 32.00 % | 0.3200, 0.3200 | 0.3200, 0.3200 |",
+        "| 7,200 | 2.0 | 0.1600, 0.1600 | 16.00 %, 16.00 % | 0.1600, 0.1600 | 0.1600, 0.1600 |",
+    ]
+    first, second = trend_text(told).splitlines()
+    assert first.startswith("- `test-seeds`: twice the samples take 50.0 % off AbsRel (50.0 to 50.0 %); ")
+    assert "AbsRel 0.08 then takes 14,000 samples, 4 hours of this machine" in first
+    assert second.startswith("- `test-kinds`")
+
+
+def test_no_fall_is_told_as_such() -> None:
+    assert "with no fall there is no way to 0.08." in trend_text(report(0.17))
+
+
+def run(*arguments: str | Path) -> int:
+    return finish("learning-curve", lambda: learning_curve.main, list(map(str, arguments)))
+
+
+def test_two_stages_of_a_training_are_judged_on_the_same_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_preset(tmp_path / "weights", monkeypatch)
+    first = run_folder(tmp_path / "first", LINE, seed=1)
+    second = run_folder(tmp_path / "second", LINE, source=str(first / "checkpoint"), from_scratch=False)
+    stages = [trained_checkpoint(folder / "checkpoint") for folder in (first, second)]
+    out = tmp_path / "curve.json"
+    assert run(*stages, "--count", 2, "--views", 2, "--out", out) == 0
+    told = json.loads(out.read_text())
+    assert [(stage["samples"], stage["seconds"]) for stage in told["stages"]] == [(1200, 150), (2400, 300)]
+    before, after = (stage["errors"] for stage in told["stages"])
+    assert before == after, "these are the same weights"
+    assert [len(before[split]["abs_rel"]) for split in ("test-seeds", "test-kinds")] == [2, 2]
+    assert str(tmp_path) not in out.read_text()
+    assert "| 2,400 | 0.1 |" in stages_table(told)
+
+
+def test_stages_that_make_no_curve_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_preset(tmp_path / "weights", monkeypatch)
+    stage = trained_checkpoint(run_folder(tmp_path / "first", LINE) / "checkpoint")
+    other = trained_checkpoint(tmp_path / "other" / "checkpoint")
+    out = tmp_path / "curve.json"
+    for sources, message in (
+        ([stage], "name two or more stages"),
+        ([stage, stage], "name two or more stages"),
+        ([stage, other], "of these weights no training is known"),
+        (["moe3d-tiny", stage], "of these weights no training is known"),
+    ):
+        assert run(*sources, "--out", out) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not out.exists()
