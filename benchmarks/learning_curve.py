@@ -68,16 +68,23 @@ def main(sources: tuple[str, ...], out: Path, count: int, views: int) -> None:
     if len(amounts) < 2 or sorted(set(amounts)) != amounts:
         told = ", ".join(f"{source} {amount:,}" for (source, _), amount in zip(stages, amounts, strict=True))
         raise InputError(f"name two or more stages of a training, in the order of their samples, not {told}")
+    config = SourceSpec(sources[0]).open().config
+    height, width = native_size(config.img_size, config.patch_size)
+    size = {"views": views, "height": height, "width": width}
     progress = Progress()
-    report: dict[str, Any] = {"format_version": FORMAT_VERSION, "environment": environment(), "stages": []}
-    for source, phases in stages:
-        opened = SourceSpec(source).open()
-        height, width = native_size(opened.config.img_size, opened.config.patch_size)
-        size = {"views": views, "height": height, "width": width}
-        told = {"name": without_paths(opened.name), "origin": opened.origin, "sha256": opened.sha256()}
-        amounts_told = {key: _sum(phases, key) for key in ("samples", "seconds")}
-        report["scenes"] = {"count": count, "first_seed": 0, **size}
-        report["stages"].append({**told, **amounts_told, "errors": _errors(source, count, size, progress)})
+    report = {
+        "format_version": FORMAT_VERSION,
+        "environment": environment(),
+        "scenes": {"count": count, "first_seed": 0, **size},
+        "stages": [
+            {
+                **_weights(source),
+                **{key: _sum(phases, key) for key in ("samples", "seconds")},
+                "errors": _errors(source, count, size, progress),
+            }
+            for source, phases in stages
+        ],
+    }
     atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -87,6 +94,11 @@ def phases_of(source: str) -> list[dict[str, Any]]:
     if not phases:
         raise InputError(f"{source}: of these weights no training is known; name checkpoints that moe3d train wrote")
     return phases
+
+
+def _weights(source: str) -> dict[str, str]:
+    opened = SourceSpec(source).open()
+    return {"name": without_paths(opened.name), "origin": opened.origin, "sha256": opened.sha256()}
 
 
 def _sum(phases: Sequence[dict[str, Any]], key: str) -> int:
