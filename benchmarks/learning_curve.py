@@ -2,9 +2,9 @@
 
     python -m moe3d_deploy.benchmarks.learning_curve before/checkpoint after/checkpoint --out curve.json
 
-Judges SOURCES, presets with trained weights or checkpoints that `moe3d train` wrote, on the same held-out scenes. Each
-should be the end of a falling learning rate: weights in the midst of a run are worse than what they could end as.
-Samples and hours are those of all phases that led to a source (`training_phases`).
+Judges SOURCES, presets with trained weights or checkpoints that `moe3d train` wrote, on the same held-out scenes:
+stages of one training, or trainings of growing length. Each should be the end of a falling learning rate: weights in
+the midst of a run are worse than what they could end as. Samples and hours are those of all phases behind a source.
 
 `trend` takes the error to fall as a power of the samples, as losses of networks mostly do over orders of magnitude
 (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"), with no floor; so what it says of a bar is
@@ -60,28 +60,26 @@ class Trend(NamedTuple):
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
 @click.option("--count", type=click.IntRange(min=2), default=128, show_default=True, help="Scenes of each split.")
 @click.option("--views", type=click.IntRange(2, 8), default=4, show_default=True)
-def main(sources: tuple[str, ...], out: Path, count: int, views: int) -> None:
-    """Judge SOURCES, two or more stages of one training, on the same scenes of both held-out splits."""
+@click.option("--height", type=click.IntRange(min=1), help="Pixels of a view.  [default: as the evaluation]")
+@click.option("--width", type=click.IntRange(min=1), help="[default: likewise]")
+def main(sources: tuple[str, ...], out: Path, count: int, views: int, height: int | None, width: int | None) -> None:
+    """Judge SOURCES, two or more trainings in the order of their samples, on the same held-out scenes."""
     require("scipy")
     stages = [(source, phases_of(source)) for source in sources]
     amounts = [_sum(phases, "samples") for _, phases in stages]
     if len(amounts) < 2 or sorted(set(amounts)) != amounts:
         told = ", ".join(f"{source} {amount:,}" for (source, _), amount in zip(stages, amounts, strict=True))
-        raise InputError(f"name two or more stages of a training, in the order of their samples, not {told}")
+        raise InputError(f"name two or more trainings in the order of their samples, not {told}")
     config = SourceSpec(sources[0]).open().config
-    height, width = native_size(config.img_size, config.patch_size)
-    size = {"views": views, "height": height, "width": width}
+    usual = native_size(config.img_size, config.patch_size)
+    size = {"views": views, "height": height or usual[0], "width": width or usual[1]}
     progress = Progress()
     report = {
         "format_version": FORMAT_VERSION,
         "environment": environment(),
         "scenes": {"count": count, "first_seed": 0, **size},
         "stages": [
-            {
-                **_weights(source),
-                **{key: _sum(phases, key) for key in ("samples", "seconds")},
-                "errors": _errors(source, count, size, progress),
-            }
+            {**_weights(source), "phases": phases, "errors": _errors(source, count, size, progress)}
             for source, phases in stages
         ],
     }
@@ -153,7 +151,8 @@ def stages_table(report: dict[str, Any]) -> str:
             ", ".join(found.text(float(np.mean(stage["errors"][split][found.key]))) for split in HELD_OUT)
             for found in measures
         ]
-        lines.append(f"| {stage['samples']:,} | {stage['seconds'] / 3600:.1f} | {' | '.join(cells)} |")
+        samples, seconds = (_sum(stage["phases"], key) for key in ("samples", "seconds"))
+        lines.append(f"| {samples:,} | {seconds / 3600:.1f} | {' | '.join(cells)} |")
     scenes = report["scenes"]
     return "\n".join([
         *lines, "",
@@ -165,8 +164,8 @@ def stages_table(report: dict[str, Any]) -> str:
 def trend_text(report: dict[str, Any]) -> str:
     """What the trend says of the bar, a line per split, in Markdown."""
     stages, bar = report["stages"], BARS[_JUDGED]
-    samples = [stage["samples"] for stage in stages]
-    pace = samples[-1] / stages[-1]["seconds"]
+    samples = [_sum(stage["phases"], "samples") for stage in stages]
+    pace = samples[-1] / _sum(stages[-1]["phases"], "seconds")
     lines = []
     for split in HELD_OUT:
         errors = np.array([stage["errors"][split][_JUDGED] for stage in stages])

@@ -11,6 +11,7 @@ from trained_weights import small_preset, trained_checkpoint
 
 from moe3d_deploy.benchmarks import learning_curve
 from moe3d_deploy.benchmarks.learning_curve import Trend, stages_table, trend, trend_text
+from moe3d_deploy.benchmarks.training_phases import phase
 from moe3d_deploy.cli.main import finish
 
 
@@ -46,7 +47,8 @@ def test_no_fall_is_no_way_to_the_bar() -> None:
 def report(later: float) -> dict[str, object]:
     def stage(samples: int, factor: float) -> dict[str, object]:
         figures = {key: [factor, 3 * factor] for key in learning_curve.KEPT}
-        return {"samples": samples, "seconds": samples, "errors": {"test-seeds": figures, "test-kinds": figures}}
+        phases = [{"samples": samples - 600, "seconds": samples}, {"samples": 600, "seconds": 0}]
+        return {"phases": phases, "errors": {"test-seeds": figures, "test-kinds": figures}}
 
     size = {"count": 2, "views": 4, "height": 168, "width": 224}
     return {"stages": [stage(3600, 0.16), stage(7200, later)], "scenes": size}
@@ -81,12 +83,13 @@ def test_two_stages_of_a_training_are_judged_on_the_same_scenes(
     second = run_folder(tmp_path / "second", LINE, source=str(first / "checkpoint"), from_scratch=False)
     stages = [trained_checkpoint(folder / "checkpoint") for folder in (first, second)]
     out = tmp_path / "curve.json"
-    assert run(*stages, "--count", 2, "--views", 2, "--out", out) == 0
+    assert run(*stages, "--count", 2, "--views", 2, "--height", 28, "--width", 35, "--out", out) == 0
     told = json.loads(out.read_text())
-    assert [(stage["samples"], stage["seconds"]) for stage in told["stages"]] == [(1200, 150), (2400, 300)]
+    assert [stage["phases"] for stage in told["stages"]] == [[phase(first)], [phase(first), phase(second)]]
     before, after = (stage["errors"] for stage in told["stages"])
     assert before == after, "these are the same weights"
     assert [len(before[split]["abs_rel"]) for split in ("test-seeds", "test-kinds")] == [2, 2]
+    assert told["scenes"] == {"count": 2, "first_seed": 0, "views": 2, "height": 28, "width": 35}
     assert str(tmp_path) not in out.read_text()
     assert "| 2,400 | 0.1 |" in stages_table(told)
 
@@ -99,8 +102,8 @@ def test_stages_that_make_no_curve_are_refused(
     other = trained_checkpoint(tmp_path / "other" / "checkpoint")
     out = tmp_path / "curve.json"
     for sources, message in (
-        ([stage], "name two or more stages"),
-        ([stage, stage], "name two or more stages"),
+        ([stage], "name two or more trainings"),
+        ([stage, stage], "name two or more trainings"),
         ([stage, other], "of these weights no training is known"),
         (["moe3d-tiny", stage], "of these weights no training is known"),
     ):
