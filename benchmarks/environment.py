@@ -36,7 +36,7 @@ def environment(*, command: Sequence[str] | None = None, revision: str | None = 
     command    the program and its arguments as a user would type them; default: those of this process
     revision   the code's revision where there is no git to ask, such as a copied tree
     """
-    command = ["python", *sys.orig_argv[1:]] if command is None else command
+    command = _typed(sys.orig_argv) if command is None else command
     return {
         **_cuda(),
         "driver": cuda_driver.driver_version(),
@@ -53,6 +53,12 @@ def environment(*, command: Sequence[str] | None = None, revision: str | None = 
         "git": _git(Path(moe3d_deploy.__file__).resolve().parent.parent, revision),
         "command": shlex.join(without_paths(argument) for argument in command),
     }
+
+
+def _typed(arguments: Sequence[str]) -> list[str]:
+    """The command line of a process as a user types it: a script on the PATH, such as `moe3d`, by its name alone."""
+    script = Path(arguments[1]) if len(arguments) > 1 else Path()
+    return list(arguments[1:]) if script.is_absolute() and not script.suffix else ["python", *arguments[1:]]
 
 
 def without_paths(text: str) -> str:

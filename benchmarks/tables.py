@@ -94,10 +94,11 @@ def export_transcript(report: dict[str, Any]) -> str:
 def _machine(report: dict[str, Any]) -> str:
     facts = report["environment"]
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in _PACKAGES_SHOWN)
+    changes = " with uncommitted changes" if facts["git"].get("dirty") else ""
     gpus = "; ".join(gpu["name"] for gpu in facts["gpus"]) or "no GPU"
     return (
         f"Measured on {facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
-        f"{facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}; {packages}; revision {facts['git']['revision'][:12]}; "
+        f"{facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}; {packages}; revision {facts['git']['revision'][:12]}{changes}; "
         f"`{facts['command']}`."
     )
 

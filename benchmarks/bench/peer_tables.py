@@ -1,7 +1,7 @@
 """Backends and forms of one model on one shape, side by side: time, loading, nodes, memory, against two of them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moe3d_deploy.benchmarks.bench import figures, text
@@ -29,10 +29,20 @@ def tables(cases: Sequence[Case], models: Mapping[str, Mapping[str, Any]]) -> li
         "One model on one shape, in one run and in turns. Over: the time over that of PyTorch eager in float32, and "
         "over that of the widespread form of export (one size, everything decomposed, float32, ONNX Runtime's "
         "defaults), each the ratio of the medians with its 95 % interval; without one where a side has a single "
-        "process. First run: with torch.compile it compiles, and is no part of p50. Peak memory of the device where "
-        "the model is on one."
+        "process. Load: a bundle's with the check of its digests. First run: with torch.compile it compiles, and is no "
+        f"part of p50. Peak memory of the device where the model is on one.{_unsettled(groups.values())}"
     )
     return [Table("Beside what else runs it", header, tuple(rows), 4, note)]
+
+
+def _unsettled(groups: Iterable[Sequence[Case]]) -> str:
+    """A sentence on the compared cases whose times had not settled when the warm-up's budget was used."""
+    cases = [case for group in groups if len(group) > 1 for case in group]
+    found = [case for case in cases if not all(item.stable for item in case.rounds)]
+    if not found:
+        return ""
+    which = ", ".join(dict.fromkeys(f"{case.backend} {case.precision}" for case in found))
+    return f" Not stable, the times had not settled when the warm-up's budget was used: {which}."
 
 
 def _rows(group: Sequence[Case]) -> list[tuple[str, ...]]:
