@@ -18,6 +18,7 @@ import click
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.child import Emit, run_in_child
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.config import PRESETS, ModelConfig
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.memory import activation_bytes
@@ -54,7 +55,7 @@ CASES: tuple[tuple[str, str, str, tuple[tuple[int, int, int, int], ...]], ...] =
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--workdir", type=click.Path(path_type=Path), help="Where models go for a while (3 GB).")
 def main(out: Path, workdir: Path | None) -> None:
     """Measure every case, each in a process of its own, and write what was predicted beside it."""

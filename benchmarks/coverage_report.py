@@ -21,6 +21,7 @@ import click
 
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.files import atomic_write
 
@@ -48,7 +49,7 @@ disable_warnings =
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
 def main(out: Path, pytest_arguments: tuple[str, ...]) -> None:
     """Run the tests under coverage and write what they run of each package. Nothing is written if a test fails."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from moe3d_deploy.benchmarks.eight_bit_products import FLOAT32, FORMS, chain, in_eight_bits
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.costs import Sizes
 from moe3d_deploy.errors import InputError
@@ -47,7 +48,7 @@ _BIAS = re.compile(r"\.aggregator\.(?:patch_embed\.blocks|frame_blocks|global_bl
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--like", default="moe3d-1b", show_default=True, help="Checkpoint or preset whose products are timed.")
 @click.option("--runs", type=click.IntRange(min=3), default=15, show_default=True, help="Of each form.")
 @click.option("--count", type=click.IntRange(min=1), default=32, show_default=True, help="Scenes.")

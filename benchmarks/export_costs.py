@@ -16,6 +16,7 @@ import click
 
 from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_write
 
@@ -23,9 +24,7 @@ CASES = tuple(f"{model}:{precision}" for model in ("moe3d-tiny", "moe3d-1b") for
 
 
 @click.command()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="JSON file; rows of other cases stay in it."
-)
+@click.option("--out", required=True, type=OutputFile(), help="JSON file; rows of other cases stay in it.")
 @click.option("--only", multiple=True, help="A case, such as moe3d-tiny:fp16; may be repeated.  [default: all]")
 @click.option("--workdir", type=click.Path(path_type=Path), help="Where the bundles go for a while (10 GB).")
 def main(out: Path, only: tuple[str, ...], workdir: Path | None) -> None:

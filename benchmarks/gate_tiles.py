@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe3d_deploy.benchmarks.environment import environment
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.evaluation import native_size, rendered_scenes
 from moe3d_deploy.evaluation.scenes import HELD_OUT
@@ -33,7 +34,7 @@ _OUTPUT = "expert_weights"
 
 @click.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--count", type=click.IntRange(min=1), default=32, show_default=True, help="Scenes.")
 @click.option("--views", type=click.IntRange(1, 8), default=4, show_default=True)
 def main(source: str, out: Path, count: int, views: int) -> None:

@@ -19,6 +19,7 @@ import click
 from moe3d_deploy.benchmarks.checks import ERROR, FAILED, Check, Outcome, execute
 from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.bundle import Bundle
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_write
 
@@ -201,7 +202,7 @@ def _plain(value: Any) -> Any:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The JSON file to write.")
+@click.option("--out", type=OutputFile(), required=True, help="The JSON file to write.")
 @click.option(
     "--only",
     "names",
@@ -222,8 +223,6 @@ def command(out: Path, names: tuple[str, ...], bundle: Path | None, revision: st
     python -m moe3d_deploy.benchmarks.gpu_checks --out gpu.json
     """
     chosen = _choose(names)
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: folder {out.parent} does not exist; create it")
     if bundle and (kind := Bundle.open(bundle).manifest.inputs[0].dtype) != "float32":
         raise InputError(f"--bundle {bundle} takes {kind} images and the checks give float32: export without --input")
     facts = environment(revision=revision)

@@ -8,7 +8,8 @@ the midst of a run are worse than what they could end as. Samples and hours are 
 
 `trend` takes the error to fall as a power of the samples, as losses of networks mostly do over orders of magnitude
 (Hestness et al. 2017, "Deep Learning Scaling is Predictable, Empirically"), with no floor; so what it says of a bar is
-the least that can be hoped for, not a promise.
+the least that can be hoped for, not a promise. The bar is for views of the model's own size, so the last of SOURCES is
+judged there, too.
 """
 
 import json
@@ -16,7 +17,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
@@ -26,6 +27,7 @@ from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.benchmarks.quality import BARS
 from moe3d_deploy.benchmarks.training_phases import phases_behind, shipped_phases
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import InputError, require
@@ -36,6 +38,9 @@ from moe3d_deploy.export.source import SourceSpec
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.runtime.session import Session
 
+if TYPE_CHECKING:
+    from moe3d_deploy.weight_sources import WeightSource
+
 FORMAT_VERSION = 1
 KEPT = ("abs_rel", "delta1", "auc30", "boundary_f1")
 _JUDGED = "abs_rel"  # what the trend is of
@@ -44,20 +49,16 @@ _SEED = 0
 
 
 class Trend(NamedTuple):
-    """error = scale * samples ** -power; the intervals are 95 % of the bootstrap's draws of scenes.
-
-    samples_to_bar   None where the error does not fall; its interval ends in inf where that holds for some of the draws
-    """
+    """error = scale * samples ** -power; the interval is 95 % of the bootstrap's draws of scenes."""
 
     power: float
-    power_interval: tuple[float, float]
-    samples_to_bar: float | None
-    samples_interval: tuple[float, float]
+    low: float
+    high: float
 
 
 @click.command()
 @click.argument("sources", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--count", type=click.IntRange(min=2), default=128, show_default=True, help="Scenes of each split.")
 @click.option("--views", type=click.IntRange(2, 8), default=4, show_default=True)
 @click.option("--height", type=click.IntRange(min=1), help="Pixels of a view.  [default: as the evaluation]")
@@ -70,32 +71,38 @@ def main(sources: tuple[str, ...], out: Path, count: int, views: int, height: in
     if len(amounts) < 2 or sorted(set(amounts)) != amounts:
         told = ", ".join(f"{source} {amount:,}" for (source, _), amount in zip(stages, amounts, strict=True))
         raise InputError(f"name two or more trainings in the order of their samples, not {told}")
-    config = SourceSpec(sources[0]).open().config
-    usual = native_size(config.img_size, config.patch_size)
-    size = {"views": views, "height": height or usual[0], "width": width or usual[1]}
+    opened = [SourceSpec(source).open() for source in sources]
+    config = opened[0].config
+    own = native_size(config.img_size, config.patch_size)
+    size = {"views": views, "height": height or own[0], "width": width or own[1]}
+    own_size = {"views": views, "height": own[0], "width": own[1]}
     progress = Progress()
-    report = {
+    report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "environment": environment(),
         "scenes": {"count": count, "first_seed": 0, **size},
         "stages": [
-            {**_weights(source), "phases": phases, "errors": _errors(source, count, size, progress)}
-            for source, phases in stages
+            {**_weights(weights), "phases": phases, "errors": _errors(source, count, size, progress)}
+            for weights, (source, phases) in zip(opened, stages, strict=True)
         ],
     }
+    last = report["stages"][-1]["errors"]
+    if size != own_size:
+        last = _errors(sources[-1], count, own_size, progress)
+    report["last_at_own_size"] = {**own_size, "errors": last}
     atomic_write(out, (json.dumps(report, indent=2, sort_keys=True) + "\n").encode())
 
 
 def phases_of(source: str) -> list[dict[str, Any]]:
     """The phases behind a preset's trained weights or a run's checkpoint. Raises InputError where none are known."""
-    phases = shipped_phases(source) if source in PRESETS else phases_behind(Path(source))
+    preset = source.removeprefix("preset:")
+    phases = shipped_phases(preset) if preset in PRESETS else phases_behind(Path(source))
     if not phases:
         raise InputError(f"{source}: of these weights no training is known; name checkpoints that moe3d train wrote")
     return phases
 
 
-def _weights(source: str) -> dict[str, str]:
-    opened = SourceSpec(source).open()
+def _weights(opened: "WeightSource") -> dict[str, str]:
     return {"name": without_paths(opened.name), "origin": opened.origin, "sha256": opened.sha256()}
 
 
@@ -119,26 +126,30 @@ def _errors(source: str, count: int, size: Mapping[str, int], progress: Progress
     return found
 
 
-def trend(samples: Sequence[int], errors: NDArray[np.float64], bar: float) -> Trend:
+def trend(samples: Sequence[int], errors: NDArray[np.float64]) -> Trend:
     """Least squares of log(mean error) over log(samples).
 
     samples   of N >= 2 stages
     errors    (N, scenes), the same scenes in every stage
     """
     draws = np.random.default_rng(_SEED).integers(errors.shape[1], size=(_DRAWS, errors.shape[1]))
-    power, needed = _fit(samples, errors.mean(axis=1), bar)
-    drawn = np.sort([_fit(samples, errors[:, draw].mean(axis=1), bar) for draw in draws], axis=0)
-    # Order statistics, as what lies between a number and infinity is none.
-    (low, near), (high, far) = drawn[[int(0.025 * _DRAWS), int(0.975 * _DRAWS)]].tolist()
-    return Trend(power, (low, high), needed if math.isfinite(needed) else None, (near, far))
+    drawn = [_power(samples, errors[:, draw].mean(axis=1)) for draw in draws]
+    low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
+    return Trend(_power(samples, errors.mean(axis=1)), low, high)
 
 
-def _fit(samples: Sequence[int], means: NDArray[np.float64], bar: float) -> tuple[float, float]:
-    """Power, and samples at which the line meets `bar`; infinity where it does not fall."""
-    slope, offset = np.polyfit(np.log(samples), np.log(means), 1)
-    if slope >= 0:
-        return -slope, math.inf
-    return -float(slope), math.exp(min((math.log(bar) - offset) / slope, 700.0))
+def samples_to(bar: float, power: float, samples: int, error: float) -> float:
+    """Samples at which an `error` after `samples` has fallen to `bar`; infinity where it does not fall."""
+    if error <= bar:
+        return samples
+    if power <= 0:
+        return math.inf
+    return samples * math.exp(min(math.log(error / bar) / power, 700.0))
+
+
+def _power(samples: Sequence[int], means: NDArray[np.float64]) -> float:
+    slope, _ = np.polyfit(np.log(samples), np.log(means), 1)
+    return -float(slope)
 
 
 def stages_table(report: dict[str, Any]) -> str:
@@ -163,37 +174,30 @@ def stages_table(report: dict[str, Any]) -> str:
 
 def trend_text(report: dict[str, Any]) -> str:
     """What the trend says of the bar, a line per split, in Markdown."""
-    stages, bar = report["stages"], BARS[_JUDGED]
+    stages, last, bar = report["stages"], report["last_at_own_size"], BARS[_JUDGED]
     samples = [_sum(stage["phases"], "samples") for stage in stages]
     pace = samples[-1] / _sum(stages[-1]["phases"], "seconds")
     lines = []
     for split in HELD_OUT:
-        errors = np.array([stage["errors"][split][_JUDGED] for stage in stages])
-        found = trend(samples, errors, bar)
-        twice = [100 * (1 - 2**-power) for power in (found.power, *found.power_interval)]
-        line = f"- `{split}`: twice the samples take {twice[0]:.1f} % off AbsRel ({twice[1]:.1f} to {twice[2]:.1f} %); "
-        if found.samples_to_bar is None:
-            line += f"with no fall there is no way to {bar:g}."
-        else:
-            near, far = (_hours(value, pace) for value in found.samples_interval)
-            line += (
-                f"AbsRel {bar:g} then takes {_two_digits(found.samples_to_bar)} samples, "
-                f"{_hours(found.samples_to_bar, pace)} hours of this machine ({near} to {far})."
-            )
-        lines.append(line)
+        found = trend(samples, np.array([stage["errors"][split][_JUDGED] for stage in stages]))
+        error = float(np.mean(last["errors"][split][_JUDGED]))
+        share, least, most = (f"{100 * (1 - 2**-power):.1f}" for power in found)
+        needed, at_most, at_least = (samples_to(bar, power, samples[-1], error) for power in found)
+        hours, hours_at_least, hours_at_most = (_round(n / pace / 3600) for n in (needed, at_least, at_most))
+        lines.append(
+            f"- `{split}`: twice the samples take {share} % off AbsRel ({least} to {most} %). From the {error:.4f} of "
+            f"the last row's weights at {last['width']}x{last['height']}, {bar:g} then takes {_round(needed)} samples "
+            f"in all ({_round(at_least)} to {_round(at_most)}), {hours} hours at their pace ({hours_at_least} to "
+            f"{hours_at_most})."
+        )
     return "\n".join(lines)
 
 
-def _hours(samples: float, pace: float) -> str:
-    return _two_digits(samples / pace / 3600)
-
-
-def _two_digits(value: float) -> str:
-    """With two digits that count, 1,234 as 1,200; what is beyond any training as that."""
-    if not value < 1e7:
-        return "more than 10,000,000"
-    digits = max(0, math.floor(math.log10(value)) - 1)
-    return f"{round(value, -digits):,.0f}"
+def _round(value: float) -> str:
+    """Two digits that count, 1,234 as 1,200; infinity for what is beyond any training."""
+    if not value < 1e12:
+        return "infinitely many"
+    return f"{round(value, 1 - math.floor(math.log10(value))):,.0f}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import click
 
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError, Moe3dError
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.machine import usable_cores
@@ -65,9 +66,7 @@ _STOPPED = {36, 24, -24, 152, 255, 37, -9, -11}  # too slow, crashed, or caught 
 
 
 @click.command()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="JSON file; results of other modules stay in it."
-)
+@click.option("--out", required=True, type=OutputFile(), help="JSON file; results of other modules stay in it.")
 @click.option("--only", multiple=True, help="A module, such as geometry; may be repeated.  [default: all]")
 @click.option(
     "--jobs", type=click.IntRange(min=1), default=usable_cores, help="Changes to try at once.  [default: cores]"

@@ -21,6 +21,7 @@ import click
 from moe3d_deploy.benchmarks.environment import environment, without_paths
 from moe3d_deploy.child import ChildResult, run_in_child
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import ExportError, InputError, Moe3dError, require
 from moe3d_deploy.evaluation import Summary, evaluate, native_size, rendered_scenes
@@ -44,7 +45,7 @@ BARS = {"abs_rel": 0.08, "delta1": 0.93, "auc30": 0.5}
 
 @click.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="Scenes of each split.")
 @click.option("--views", type=click.IntRange(1, 8), default=4, show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=("fp32", "fp16", "bf16", "int8"), show_default=True)
@@ -65,6 +66,8 @@ def main(
     require("scipy")
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise InputError(f"--precision {unknown[0]}: no such precision; choose from {', '.join(PRECISIONS)}")
+    if workdir and not workdir.is_dir():
+        raise InputError(f"--workdir {workdir}: no such folder; create it")
     spec = SourceSpec(source, seed)
     opened = spec.open()
     height, width = native_size(opened.config.img_size, opened.config.patch_size)

@@ -22,6 +22,7 @@ from moe3d_deploy.benchmarks.fuzz import TARGETS, fuzz
 from moe3d_deploy.benchmarks.kill_campaign import Campaign, kill_builds, kill_exports
 from moe3d_deploy.benchmarks.survival_table import environment_of
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import Moe3dError
 from moe3d_deploy.files import atomic_write
 
@@ -43,9 +44,7 @@ _CONFIG = {
 
 
 @click.command()
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="JSON file; parts that do not run stay in it."
-)
+@click.option("--out", required=True, type=OutputFile(), help="JSON file; parts that do not run stay in it.")
 @click.option("--only", multiple=True, type=click.Choice(PARTS), help="A part; may be repeated.  [default: all]")
 @click.option("--kills", type=click.IntRange(min=1), default=30, show_default=True, help="Of exports, and of builds.")
 @click.option("--fuzz-seconds", type=click.FloatRange(min=1), default=120, show_default=True, help="For each reader.")

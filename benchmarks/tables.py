@@ -98,8 +98,8 @@ def _machine(report: dict[str, Any]) -> str:
     gpus = "; ".join(gpu["name"] for gpu in facts["gpus"]) or "no GPU"
     return (
         f"Measured on {facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
-        f"{facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}; {packages}; revision {facts['git']['revision'][:12]}{changes}; "
-        f"`{facts['command']}`."
+        f"{facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}; {packages}; "
+        f"revision {facts['git']['revision'][:12]}{changes}; `{facts['command']}`."
     )
 
 

@@ -11,7 +11,8 @@ from moe3d_deploy.errors import InputError
 from moe3d_deploy.shipped_weights import shipped_weights
 from moe3d_deploy.training.logs import read_log
 from moe3d_deploy.training.options import TrainOptions
-from moe3d_deploy.training.run_folder import OPTIONS_FILE
+from moe3d_deploy.training.run_folder import OPTIONS_FILE, RunFolder
+from moe3d_deploy.training.state import states, step_of
 
 _NOT_SAID = ("source", "seed", "steps", "licence")  # have columns or sentences of their own
 
@@ -19,6 +20,7 @@ _NOT_SAID = ("source", "seed", "steps", "licence")  # have columns or sentences 
 def phase(run: Path) -> dict[str, Any]:
     """The options of a run in the folder `run`, how far it came, and how long that took on its machine.
 
+    steps     of the newest state, so of the checkpoint; of a folder without states those that the log knows
     seconds   of training, without the start, from the log: between its lines samples come at the rate that they tell
     options   without the folders of this machine
 
@@ -28,11 +30,16 @@ def phase(run: Path) -> dict[str, Any]:
     if not log.is_file() or not (run / OPTIONS_FILE).is_file():
         raise InputError(f"{run}: no run of moe3d train, which has options.json and train.jsonl; check the path")
     options = TrainOptions.read(run / OPTIONS_FILE)
-    lines = [{"samples": 0}, *read_log(log, "step")]
-    if len(lines) == 1:
+    lines = read_log(log, "step")
+    if not lines:
         raise InputError(f"{run}: its log has no step yet; train it first")
-    seconds = sum((now["samples"] - past["samples"]) / now["samples_per_second"] for past, now in pairwise(lines))
-    told = {"steps": lines[-1]["step"], "samples": lines[-1]["samples"], "seconds": round(seconds)}
+    saved = states(RunFolder(run).state)
+    last = step_of(saved[-1]) if saved else lines[-1]["step"]
+    lines = [line for line in lines if line["step"] <= last]
+    samples = [0, *(line["samples"] for line in lines), last * options.batch]
+    rates = [line["samples_per_second"] for line in [*lines, *lines[-1:]]]
+    seconds = sum((now - past) / rate for (past, now), rate in zip(pairwise(samples), rates, strict=True))
+    told = {"steps": last, "samples": samples[-1], "seconds": round(seconds)}
     kept = {key: without_paths(value) if isinstance(value, str) else value for key, value in options.to_dict().items()}
     return {"options": kept, **told}
 
@@ -44,18 +51,25 @@ def phases_behind(checkpoint: Path) -> list[dict[str, Any]]:
     run has written, or that was given up with --from-scratch, begins the list; so a checkpoint of no run has none.
     Raises as `phase`; InputError where the source of a run is gone.
     """
-    run = checkpoint.resolve().parent
+    folder = checkpoint.resolve()
+    run = (folder.parent if folder.is_file() else folder).parent
     if not (run / OPTIONS_FILE).is_file():
         return []
     options, own = TrainOptions.read(run / OPTIONS_FILE), phase(run)
+    preset = options.source.removeprefix("preset:")
     if options.from_scratch:
         return [own]
-    if options.source in PRESETS:
-        # What ships by now may hold this run already: only what was there before it counts.
-        return [*takewhile(lambda before: before["options"] != own["options"], shipped_phases(options.source)), own]
+    if preset in PRESETS:
+        # What ships by now may hold this run already, or an earlier state of it: only what was there before counts.
+        return [*takewhile(lambda before: not _is_of(before, own), shipped_phases(preset)), own]
     if not Path(options.source).exists():
         raise InputError(f"{run}: it started from {options.source}, which is gone; put it back, or name every --phase")
     return [*phases_behind(Path(options.source)), own]
+
+
+def _is_of(found: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a phase is `own`, or that as it once was; the same command run a second time takes another time."""
+    return found["options"] == own["options"] and (found["steps"] < own["steps"] or found == own)
 
 
 def shipped_phases(preset: str) -> list[dict[str, Any]]:

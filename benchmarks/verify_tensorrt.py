@@ -21,6 +21,7 @@ from moe3d_deploy.benchmarks.checks_tensorrt import BUILDER, VARIABLE
 from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.benchmarks.gpu_checks import CHECKS, run_checks, table
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import EXTRA_OF, EngineError, Moe3dError, first_line
 from moe3d_deploy.native.build import find_nvcc, run_compiler
 
@@ -31,7 +32,7 @@ BEGIN, END = "----- begin of the report -----", "----- end of the report -----"
 @click.command()
 @click.option("--plugin", type=click.Path(path_type=Path), help="A plugin library to take; else CMake builds one.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="A bundle of a preset; else moe3d-tiny is exported.")
-@click.option("--out", type=click.Path(path_type=Path), help="Keep the JSON of the report in this file, too.")
+@click.option("--out", type=OutputFile(), help="Keep the JSON of the report in this file, too.")
 def command(plugin: Path | None, bundle: Path | None, out: Path | None) -> int:
     """Check TensorRT's engines with and without the expert-mix plugin on this machine's first GPU.
 

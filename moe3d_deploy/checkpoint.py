@@ -234,7 +234,8 @@ def _open_file(place: Place, allow_pickle: bool) -> TensorFile:
         return SafetensorsFile(place.weights)
     if not allow_pickle:
         raise CheckpointError(
-            f"{place.weights}: a pickle can run code when it is read; use {WEIGHTS_FILE}, or --allow-pickle if you must"
+            f"{place.weights}: a pickle can run code when it is read; use {WEIGHTS_FILE}, or if you must: "
+            f"moe3d convert {place.weights} --allow-pickle -o FOLDER"
         )
     return PickleFile(place.weights)
 

@@ -78,8 +78,8 @@ def refuse_impostor(path: Path, expected: Literal["safetensors", "pickle", "JSON
     found = _kind_of_bytes(head)
     if expected == "safetensors" and found == "pickle":
         raise CheckpointError(
-            f"{path}: is a pickle or zip archive, not safetensors; get the safetensors file, or name it .pt and use "
-            f"--allow-pickle if you must"
+            f"{path}: is a pickle or zip archive, not safetensors; get the safetensors file, or name it .pt and "
+            f"use moe3d convert with --allow-pickle if you must"
         )
     if expected == "pickle" and found == "safetensors":
         raise CheckpointError(f"{path}: is a safetensors file, not a pickle; rename it to end in .safetensors")

@@ -122,7 +122,10 @@ def test_pickles_are_refused_unless_asked_for(tmp_path: Path, name: str) -> None
     path = tmp_path / name
     torch.save({"model": tensors(small())}, path)
 
-    with pytest.raises(CheckpointError, match=rf"{name}: a pickle can run code .*, or --allow-pickle if you must"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{name}: a pickle can run code .*, or if you must: moe3d convert .*{name} --allow-pickle -o FOLDER",
+    ):
         open_checkpoint(path, config=small().config)
     with pytest.warns(Moe3dWarning, match="is a pickle"):
         source = open_checkpoint(path, config=small().config, allow_pickle=True)

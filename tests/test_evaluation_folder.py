@@ -16,7 +16,13 @@ from PIL import Image
 
 from moe3d_deploy.config import ModelConfig
 from moe3d_deploy.errors import InputError, Moe3dWarning
-from moe3d_deploy.evaluation.folder import find_scenes, folder_scenes, read_truth, to_network
+from moe3d_deploy.evaluation.folder import (
+    _require_proportions,
+    find_scenes,
+    folder_scenes,
+    read_truth,
+    to_network,
+)
 from moe3d_deploy.geometry import project
 from moe3d_deploy.manifest import Preprocessing
 from moe3d_deploy.view_mapping import ViewMapping
@@ -173,6 +179,15 @@ def test_a_truth_of_other_proportions_is_named_with_its_photograph(data: Path) -
     assert refusal(data) == (
         f'image "{data}/desk/view_0.png" is 112x84, and its truth 84x84 has other proportions; crop them alike'
     )
+
+
+@pytest.mark.parametrize(("photograph", "truth"), [((1080, 2400), (104, 230)), ((2400, 1080), (230, 104))])
+def test_sides_are_compared_to_a_pixel_of_either(photograph: tuple[int, int], truth: tuple[int, int]) -> None:
+    """230 x 1080 / 2400 = 103.5, which is 104 rounded; a truth that is off by one and a half is another one's."""
+    _require_proportions("a.png", *photograph, truth[1], truth[0])
+    wrong = (truth[0] + 2, truth[1]) if truth[0] < truth[1] else (truth[0], truth[1] + 2)
+    with pytest.raises(InputError, match="has other proportions"):
+        _require_proportions("a.png", *photograph, wrong[1], wrong[0])
 
 
 def test_proportions_are_those_of_the_photograph_turned_upright(data: Path) -> None:

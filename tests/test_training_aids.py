@@ -1,5 +1,6 @@
 """The aids of a training from scratch: true points and matches by hand, the attention they look at, their losses."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from trainings import assert_same, run, short, state_of, tiny_checkpoint, weights_of
+from trainings import TINY, assert_same, run, short, state_of, tiny_checkpoint, weights_of
 
-from moe3d_deploy.checkpoint import load_model, open_checkpoint
+from moe3d_deploy.checkpoint import open_checkpoint
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.model.dpt import Grid
 from moe3d_deploy.model.transformer import explicit_attention
 from moe3d_deploy.training import aids
+from moe3d_deploy.training.initialise import new_model
 from moe3d_deploy.training.logs import read_log
 from moe3d_deploy.training.targets import Targets, normalised_targets
 
@@ -117,11 +119,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny")
 
 
-def test_the_logits_are_those_of_the_models_own_attention(checkpoint: Path) -> None:
-    model = load_model(open_checkpoint(checkpoint))
+DEEP = dataclasses.replace(
+    TINY,
+    aggregator=dataclasses.replace(TINY.aggregator, depth=6),
+    dpt_head=dataclasses.replace(TINY.dpt_head, intermediate_layer_idx=(0, 2, 3, 5)),
+)
+
+
+def test_matches_are_found_by_the_blocks_in_between() -> None:
+    assert aids.matching_blocks(DEEP) == [(1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_logits_are_those_of_the_models_own_attention(which: int) -> None:
+    model = new_model(DEEP, 0)
     patch, views = model.config.patch_size, 3
     images = torch.rand(2, views, 3, 2 * patch, 3 * patch)
-    place, block = aids.matching_blocks(model.config)[-1]
+    place, block = aids.matching_blocks(model.config)[which]
     seen: list[Tensor] = []
 
     def spy(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,9 +150,30 @@ def test_the_logits_are_those_of_the_models_own_attention(checkpoint: Path) -> N
     start = model.aggregator.patch_start
     of_views = seen[0].unflatten(1, (views, -1)).unflatten(3, (views, -1))[:, :, start:, :, start:]
     torch.testing.assert_close(found, of_views.transpose(2, 3), rtol=1e-4, atol=1e-5)
+    others = [level for other, level in enumerate(levels) if other != place]
+    for level in others:
+        wrong = aids.attention_logits(model, aids.frame_tokens(level, model.config), block, Grid(2, 3), views)
+        assert not torch.allclose(wrong, of_views.transpose(2, 3), rtol=1e-2, atol=1e-3)
 
 
-def test_a_run_with_aids_learns_resumes_to_the_bit_and_keeps_them_to_itself(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_aids_alone_teach_points_and_matches(checkpoint: Path, tmp_path: Path) -> None:
+    """The same two scenes again and again, with no other loss that reaches the backbone than theirs."""
+    options = short(
+        checkpoint, train="backbone", views=(2, 2), scenes=2, camera_weight=0.0, point_weight=1.0, match_weight=1.0,
+        steps=60, jitter=False, mirror=False, camera_effects=False, shapes=((42, 42),),
+    )  # fmt: skip
+    run(options, tmp_path / "run")
+    lines = read_log(tmp_path / "run" / "train.jsonl", "step")
+
+    def mean(name: str, part: slice) -> float:
+        return sum(line[name] for line in lines[part]) / len(lines[part])
+
+    for name in ("point", "match"):
+        first, last = mean(name, slice(0, 10)), mean(name, slice(-10, None))
+        assert last < 0.9 * first, (name, first, last)
+
+
+def test_a_run_with_aids_resumes_to_the_bit_and_keeps_them_to_itself(checkpoint: Path, tmp_path: Path) -> None:
     options = short(checkpoint, train="all", views=(2, 2), point_weight=0.5, match_weight=0.5, save_every=3, steps=6)
     run(options, tmp_path / "whole")
     lines = read_log(tmp_path / "whole" / "train.jsonl", "step")

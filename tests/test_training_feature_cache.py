@@ -118,9 +118,33 @@ def test_the_place_is_the_first_with_twice_the_room(tmp_path: Path, monkeypatch:
         chosen(0, need - 1, feature_cache="disk")
 
 
-def test_other_weights_and_other_samples_have_other_features(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["disk", "auto"])
+def test_what_a_run_has_kept_does_not_stand_in_its_own_way(
+    asked: str, checkpoint: Path, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk of twice the room that all features need, of which a third is taken when the run goes on."""
+    path = tmp_path / "run"
+    monkeypatch.setattr(feature_cache, "available_memory_bytes", lambda: 0)
+    disk = 2 * most_bytes(head(checkpoint), TINY)
+
+    def free(folder: Path) -> int:
+        return disk - sum(file.stat().st_size for file in path.rglob("*.safetensors") if "features" in file.parts)
+
+    monkeypatch.setattr(feature_cache, "free_disk_bytes", free)
+    run(head(checkpoint, feature_cache=asked, minutes=1e-6), path)
+    assert len(computed) == 2
+    if asked == "disk":
+        disk //= 2
+        assert free(path) < most_bytes(head(checkpoint), TINY)
+    run(head(checkpoint, feature_cache=asked), path)
+    assert len(computed) == 6, "each sample once in both passes"
+
+
+def test_other_weights_samples_and_scenes_have_other_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder(digest: str, **changes: object) -> Path:
         return FeatureCache.choose(head(tmp_path, **changes), TINY, digest, tmp_path / "features").folder
 
     assert folder("a" * 64) == folder("a" * 64, learning_rate=1.0)
-    assert len({folder("a" * 64), folder("b" * 64), folder("a" * 64, seed=1), folder("a" * 64, amp="bf16")}) == 4
+    found = {folder("a" * 64), folder("b" * 64), folder("a" * 64, seed=1), folder("a" * 64, amp="bf16")}
+    monkeypatch.setattr(feature_cache, "GENERATOR_VERSION", 99)
+    assert len(found | {folder("a" * 64)}) == 5

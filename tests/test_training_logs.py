@@ -41,6 +41,16 @@ def test_a_run_that_goes_on_drops_the_steps_that_it_takes_again(tmp_path: Path) 
     assert [line["step"] for line in read_log(tmp_path / "train.jsonl")] == [1, 2, 3, 4]
 
 
+def test_a_full_disk_is_told_with_the_name_of_the_file_also_at_the_end(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log._file.close()
+    log._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left") as caught:
+        log.write("step", 1, {"loss": 0.5})
+    assert caught.value.filename == "/dev/full"
+    log.close()  # would flush once more what was not written
+
+
 def test_kinds_can_be_told_apart(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 0)
     log.write("step", 1, {})

@@ -42,6 +42,28 @@ def test_time_is_the_samples_over_the_rate_of_each_part_of_the_log(tmp_path: Pat
     assert TrainOptions.from_dict(found["options"]) == OPTIONS
 
 
+def test_what_was_not_saved_does_not_count(tmp_path: Path) -> None:
+    """The newest state is of step 200, batch 4: 400 samples at 4 a second, then 400 at 8."""
+    run = run_folder(
+        tmp_path / "run",
+        {"step": 100, "samples": 400, "samples_per_second": 4.0},
+        {"step": 200, "samples": 800, "samples_per_second": 8.0},
+        {"step": 300, "samples": 1200, "samples_per_second": 8.0},
+    )
+    for step in (100, 200):
+        (run / "state" / f"step-{step:08d}").mkdir(parents=True)
+    found = phase(run)
+    assert (found["steps"], found["samples"], found["seconds"]) == (200, 800, 150)
+
+
+def test_what_was_saved_after_the_last_line_counts(tmp_path: Path) -> None:
+    """Steps 300 to 350, at the pace of the line before: 200 samples at 8 a second."""
+    run = run_folder(tmp_path / "run", LINE)
+    (run / "state" / "step-00000350").mkdir(parents=True)
+    found = phase(run)
+    assert (found["steps"], found["samples"], found["seconds"]) == (350, 1400, 175)
+
+
 def test_the_table_has_the_flags_that_change_the_result_and_the_sum() -> None:
     found = {"options": OPTIONS.to_dict(), "steps": 300, "samples": 1200, "seconds": 5400}
     text = phases_table({"training": {"phases": [found, found], "machine": "2 cores of a test"}})
@@ -74,6 +96,9 @@ def test_the_phases_behind_a_checkpoint_are_those_of_the_runs_that_it_started_fr
     assert [each["options"]["seed"] for each in found] == [1, 2]
     assert found == [phase(first), phase(second)]
     assert str(tmp_path) not in json.dumps(found)
+    (second / "checkpoint").mkdir()
+    (second / "checkpoint" / "model.safetensors").touch()
+    assert phases_behind(second / "checkpoint" / "model.safetensors") == found
     assert phases_behind(tmp_path / "of-no-run" / "checkpoint") == []
 
     again = run_folder(tmp_path / "again", LINE, seed=3, source=str(first / "checkpoint"))
@@ -84,7 +109,7 @@ def test_a_run_from_trained_weights_comes_after_their_phases(tmp_path: Path, mon
     """Also when what ships by now came of that run: its own phases do not count twice."""
     small_preset(tmp_path / "weights", monkeypatch)
     first = run_folder(tmp_path / "first", LINE, seed=1)
-    run = run_folder(tmp_path / "run", LINE, seed=2, source="moe3d-tiny", from_scratch=False)
+    run = run_folder(tmp_path / "run", LINE, seed=2, source="preset:moe3d-tiny", from_scratch=False)
     assert shipped_phases("moe3d-tiny") == []
     assert phases_behind(run / "checkpoint") == [phase(run)]
 
@@ -93,6 +118,12 @@ def test_a_run_from_trained_weights_comes_after_their_phases(tmp_path: Path, mon
         ship(source, {"phases": shipped})
         assert shipped_phases("moe3d-tiny") == shipped
         assert phases_behind(run / "checkpoint") == [phase(first), phase(run)]
+
+    ship(source, {"phases": [phase(first), {**phase(run), "steps": 100}]})  # and then it went on
+    assert phases_behind(run / "checkpoint") == [phase(first), phase(run)]
+    another = {**phase(run), "seconds": 7}  # the same command from the weights before
+    ship(source, {"phases": [phase(first), another]})
+    assert phases_behind(run / "checkpoint") == [phase(first), another, phase(run)]
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moe3d_deploy.benchmarks.environment import environment
 from moe3d_deploy.benchmarks.heads.variants import Plan, variants
 from moe3d_deploy.bundle import is_bundle
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError, require
 from moe3d_deploy.files import atomic_write
 from moe3d_deploy.training.options import DEPTH_LOSSES
@@ -31,7 +32,7 @@ _COUNT = click.IntRange(min=1)
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="JSON file to write.")
 @click.option("--seeds", type=_COUNT, default=6, show_default=True, help="Fresh sets of weights of each head.")
 @click.option("--steps", type=_COUNT, default=_DEFAULT.steps, show_default=True)
 @click.option("--batch", type=_COUNT, default=_DEFAULT.batch, show_default=True, help="Views of a step.")

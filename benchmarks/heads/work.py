@@ -16,6 +16,7 @@ from moe3d_deploy.benchmarks.heads.training import CURVES, LastStage, TrainedHea
 from moe3d_deploy.benchmarks.heads.variants import Plan, Trial
 from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
 from moe3d_deploy.files import atomic_write, exclusive_lock, remove_partials
+from moe3d_deploy.training.scenes import GENERATOR_VERSION
 from moe3d_deploy.training.state import part
 
 FORMAT_VERSION = 2  # of the folder, and of how heads are trained: raise it when older heads must not be mixed in
@@ -83,7 +84,8 @@ def open_work(path: Path, plan: Plan, checkpoint_sha256: str) -> Iterator[WorkFo
     Raises InputError for one of another plan or checkpoint and for one that holds something else, Moe3dError while
     another process works in it, OSError.
     """
-    wanted = {"format": FORMAT_VERSION, "checkpoint": checkpoint_sha256, **dataclasses.asdict(plan)}
+    versions = {"format": FORMAT_VERSION, "generator": GENERATOR_VERSION}
+    wanted = {**versions, "checkpoint": checkpoint_sha256, **dataclasses.asdict(plan)}
     file = path / "plan.json"
     if path.is_dir() and not file.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise InputError(f"{path} holds something else than a comparison of heads; choose another --workdir")

@@ -232,7 +232,7 @@ class Report:
         if setup.config.moe and not setup.merged:
             yield "Activations are predicted for merged experts; this bundle keeps a convolution for each."
         if setup.on_cpu:
-            yield "ONNX Runtime took 1.3 to 1.8 times the predicted activations where it was measured; leave room for twice."
+            yield "ONNX Runtime took 1.3 to 1.8 times these activations where it was measured; leave room for twice."
         if self._needs_tensorrt:
             yield (
                 "Activations are modelled on TensorRT-RTX, which builds nothing for this device here; TensorRT's were "

@@ -74,7 +74,7 @@ def _switch(name: str, help: str) -> Any:
 @_option("gradient_weight", "Weight of the gradient term of the losses vggt and log.")
 @_option("point_weight", "Weight of the points that patches tell: an aid of a training from scratch.")
 @_option("match_weight", "Weight of the matches between views that attention finds, likewise.")
-@_option("temperature", "Gate temperature, or first:last.", type=str, shown="1")
+@_option("temperature", "Gate temperature, or first:last.", type=str, shown="the source's")
 @_option("shapes", "Image shapes HEIGHTxWIDTH by commas; each step has one of them.", type=str, shown="126x168")
 @_option("views", "Views of a sample, fewest:most.", type=str, shown="1:4")
 @_option("scenes", "Distinct scenes.", type=int, shown="1000 where samples come again, else 100000")

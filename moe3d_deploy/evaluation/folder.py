@@ -160,7 +160,7 @@ def to_network(
 
 
 def _require_proportions(name: str, width: int, height: int, rows: int, columns: int) -> None:
-    if abs(columns * height / width - rows) > 1:
+    if min(abs(columns * height / width - rows), abs(rows * width / height - columns)) > 1:
         raise InputError(
             f"{name} is {width}x{height}, and its truth {columns}x{rows} has other proportions; crop them alike"
         )

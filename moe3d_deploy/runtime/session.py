@@ -49,9 +49,9 @@ class Session:
         result = session.run(images)      # images (S, 3, H, W) or (B, S, 3, H, W), RGB in [0, 1]
         result["depth"]                   # (S, H, W) or (B, S, H, W)
 
-    Images may also be 8-bit pixels, uint8 (S, H, W, 3) or (B, S, H, W, 3), whatever the model takes itself. Threads
-    may share a session of ONNX Runtime; one of PyTorch is for one thread at a time. `config` is the model's, where it is known. Of a bundle whose encoder is a part, the
-    tokens of a view can be kept and used again:
+    Images may also be 8-bit pixels, uint8 (S, H, W, 3) or (B, S, H, W, 3), whatever the model takes itself. Threads may
+    share a session of ONNX Runtime; one of PyTorch is for one thread at a time. `config` is the model's, where it is
+    known. Of a bundle whose encoder is a part, the tokens of a view can be kept and used again:
 
         tokens = session.encode(images)   # (S, rows, columns, C)
         result = session.run_tokens(tokens)

@@ -24,6 +24,7 @@ from moe3d_deploy.model import MoE3D
 from moe3d_deploy.training.data import Batch
 from moe3d_deploy.training.forward import frozen_levels
 from moe3d_deploy.training.options import TrainOptions
+from moe3d_deploy.training.scenes import GENERATOR_VERSION
 
 _SHARE = 0.5  # of the free memory or disk that "auto" takes
 
@@ -46,12 +47,13 @@ class FeatureCache:
         Raises InputError for "memory" or "disk" where they do not fit, OSError.
         """
         most = most_bytes(options, config)
-        key = {"weights": digest, **_what_samples_depend_on(options)}
+        key = {"weights": digest, "generator": GENERATOR_VERSION, **_what_samples_depend_on(options)}
         own = folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         asked = options.feature_cache
         if asked == "off":
             return cls("none", most, own)
-        room = {"memory": available_memory_bytes(), "disk": free_disk_bytes(folder.parent)}
+        kept = sum(file.stat().st_size for file in own.glob("*.safetensors"))  # by this run, before it was stopped
+        room = {"memory": available_memory_bytes(), "disk": free_disk_bytes(folder.parent) + kept}
         for place in ("memory", "disk"):
             if asked == place and most > room[place]:
                 raise InputError(

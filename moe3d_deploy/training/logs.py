@@ -3,6 +3,7 @@
 A run that goes on drops the lines of the steps that it takes again.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -45,7 +46,8 @@ class RunLog:
                 self._board.add_scalar(f"{'train' if kind == 'step' else kind}/{name}", value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # every line was flushed when it was written; one that failed was told then
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -146,7 +146,7 @@ class _Run:
         """Queue all of a step, and say whether the run is to end."""
         o, trainee = self.options, self.trainee
         factor = learning_rate_factor(self.step, o.warmup_steps, o.steps, o.final_rate)
-        temperature = temperature_at(self.step, o.steps, *o.temperature)
+        temperature = temperature_at(self.step, o.steps, *trainee.temperatures)
         parts = []
         for index in range(o.accumulate):
             batch = self._next_batch()

@@ -59,7 +59,7 @@ class TrainOptions:
     gradient_weight: float = 1.0  # of "vggt" and "log": the gradient term beside the error
     point_weight: float = 0.0  # of the points that a patch's tokens tell, see `training.aids`
     match_weight: float = 0.0  # of the matches that attention finds
-    temperature: tuple[float, float] = (1.0, 1.0)  # of the gate, at the first and the last step
+    temperature: tuple[float, float] | None = None  # of the gate, at the first and the last step; None: the source's
 
     shapes: tuple[tuple[int, int], ...] = ((126, 168),)  # (height, width) in pixels; one of them per step
     views: tuple[int, int] = (1, 4)  # fewest and most of a sample
@@ -198,8 +198,9 @@ def _check(o: TrainOptions) -> None:
     require(0 <= o.ema < 1, f"ema must be in [0, 1), got {o.ema}")
     require(o.final_rate <= 1, f"final_rate is a share of the learning rate, at most 1, got {o.final_rate}")
     require(o.warmup is None or 0 <= o.warmup < o.steps, f"warmup must be in 0..{o.steps - 1}, got {o.warmup}")
-    require(len(o.temperature) == 2 and all(t > 0 and math.isfinite(t) for t in o.temperature),
-            f"temperature must be positive, got {':'.join(f'{t:g}' for t in o.temperature)}")  # fmt: skip
+    temperature = (1.0, 1.0) if o.temperature is None else o.temperature
+    require(len(temperature) == 2 and all(t > 0 and math.isfinite(t) for t in temperature),
+            f"temperature must be positive, got {':'.join(f'{t:g}' for t in temperature)}")  # fmt: skip
     require(bool(o.shapes), "shapes is empty; give at least one HEIGHTxWIDTH")
     for height, width in o.shapes:
         require(height > 0 and width > 0, f"shape {height}x{width} holds no pixel")

@@ -1,7 +1,7 @@
 """The folder of a run: options.json, state/, checkpoint/, train.jsonl, tensorboard/; one process writes at a time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from moe3d_deploy import strict_json
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.files import atomic_write, exclusive_lock, remove_partials
 from moe3d_deploy.training.options import TrainOptions
-from moe3d_deploy.training.state import remove_partial_states
+from moe3d_deploy.training.state import remove_partial_states, states
 
 OPTIONS_FILE = "options.json"
 _LOCK_FILE = ".train.lock"
@@ -43,22 +43,24 @@ def stored_options(path: Path) -> TrainOptions:
 def open_run(path: Path, options: TrainOptions) -> Iterator[RunFolder]:
     """Make or enter a run's folder and hold its lock; clear what a killed process left.
 
+    A run that has saved nothing yet may be started with other options: what was wrong with them is how it ended.
     Raises InputError for a folder that holds something else, a run with other options, or one that another process
     trains.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name the folder of the run")
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive_lock(path / _LOCK_FILE):
-            remove_partials(path)
-            _check_options(path, options)
-            folder = RunFolder(path)
-            remove_partial_states(folder.state)
-            atomic_write(path / OPTIONS_FILE, options.to_json().encode())
-            yield folder
-    except BlockingIOError:
-        raise InputError(f"{path} is being trained by another process; wait until it has ended") from None
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(path / _LOCK_FILE))
+        except BlockingIOError:
+            raise InputError(f"{path} is being trained by another process; wait until it has ended") from None
+        remove_partials(path)
+        _check_options(path, options)
+        folder = RunFolder(path)
+        remove_partial_states(folder.state)
+        atomic_write(path / OPTIONS_FILE, options.to_json().encode())
+        yield folder
 
 
 def _check_options(path: Path, options: TrainOptions) -> None:
@@ -67,6 +69,8 @@ def _check_options(path: Path, options: TrainOptions) -> None:
             raise InputError(
                 f"{path} holds {others[0]!r} and no {OPTIONS_FILE}, so it is no run; choose another folder"
             )
+        return
+    if not states(RunFolder(path).state):
         return
     stored = TrainOptions.read(path / OPTIONS_FILE)
     name = stored.first_difference(options)

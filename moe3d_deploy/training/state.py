@@ -79,8 +79,12 @@ def states(folder: Path) -> list[Path]:
     """The states below a folder, oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The step after which one of `states` was saved."""
+    return int(state.name.removeprefix("step-"))
 
 
 def remove_partial_states(folder: Path) -> None:

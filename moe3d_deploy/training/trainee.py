@@ -45,7 +45,9 @@ class Trainee:
             self.trained |= {f"aids.{name}": parameter for name, parameter in self.loss.aids.named_parameters()}
         self.optimizers = Optimizers(self.trained, options)
         self.ema = Ema(self.model, options.ema)
-        self.temperature = options.temperature[0]
+        own = 1.0 if options.from_scratch or source.config.moe is None else source.config.moe.temperature
+        self.temperatures = options.temperature or (own, own)  # at the first and the last step
+        self.temperature = self.temperatures[0]
 
     @property
     def learning_rate(self) -> float:

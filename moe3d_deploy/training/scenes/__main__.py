@@ -9,6 +9,7 @@ import click
 from PIL import Image
 
 from moe3d_deploy.cli.main import finish
+from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.files import atomic_path
 from moe3d_deploy.training.scenes import SPLITS, SceneOptions, render_scene
@@ -26,7 +27,7 @@ _MOST_SCENES = 200  # on one sheet
 @click.option("--photographs", is_flag=True, help="Photographs on some surfaces; needs scikit-image.")
 @click.option("--camera-effects/--no-camera-effects", default=True, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Where the rays are cast, as torch names it.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The picture to write.")
+@click.option("-o", "--out", required=True, type=OutputFile(), help="The picture to write.")
 def command(
     seeds: str,
     split: str,
@@ -48,8 +49,6 @@ def command(
     chosen = _seeds(seeds)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"--out {out}: a sheet is a .png or .jpg file")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: folder {out.parent} does not exist; create it")
     pixels = contact_sheet((render_scene(seed, options, device) for seed in chosen), columns)
     with atomic_path(out) as temp:
         Image.fromarray(pixels).save(temp)
