@@ -1,5 +1,6 @@
 """Types of command-line parameters that several commands have."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class OutputFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Raises InputError where the folder is missing."""
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if not path.parent.is_dir():
             flag = f"{param.opts[-1]} " if param else ""
             raise InputError(f"{flag}{path}: folder {path.parent} does not exist; create it")
