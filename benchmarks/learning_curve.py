@@ -121,7 +121,7 @@ def _errors(source: str, count: int, size: Mapping[str, int], progress: Progress
             points=False,
             on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, count),
         ).results
-        found[split] = {key: [r.metrics[key] for r in results if key in r.metrics] for key in KEPT}
+        found[split] = {key: [round(r.metrics[key], 6) for r in results if key in r.metrics] for key in KEPT}
         progress.line(split, f"{source}: AbsRel {np.mean(found[split][_JUDGED]):.4f} over {count} scenes")
     return found
 
