@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOOK_AGAIN = 0.05  # seconds between two looks at whether the import is over
+_LOOK_AGAIN = 0.01  # seconds between two looks at whether the import is over
 
-_waiting = False  # a signal came during an import
+_waiting: int | None = None  # the signal that came during an import
 
 
 class TerminatedError(BaseException):
@@ -42,8 +42,10 @@ def stop_signals_raise(last: bool) -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+        if _waiting is not None:  # all was done before anyone looked again; the signal is not lost for that
+            raise _error(_waiting)
     finally:
-        _waiting = False  # nothing is to be sent to a caller whose handlers are back
+        _waiting = None  # nothing is to be sent to a caller whose handlers are back
         for number in ours:
             if signal.getsignal(number) is stop:
                 signal.signal(number, signal.SIG_DFL if last else before[number])
@@ -53,17 +55,21 @@ def stop(number: int, frame: FrameType | None) -> None:
     """The handler of the three signals."""
     global _waiting
     if not _is_importing(frame):
-        _waiting = False
-        raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError(number)
-    if not _waiting:
-        _waiting = True
+        _waiting = None
+        raise _error(number)
+    if _waiting is None:
+        _waiting = number
         # threading.Thread takes locks that the interrupted code may hold.
         _thread.start_new_thread(_send_again, (number,))
 
 
+def _error(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else TerminatedError(number)
+
+
 def _send_again(number: int) -> None:
     time.sleep(_LOOK_AGAIN)
-    while _waiting:
+    while _waiting is not None:
         os.kill(os.getpid(), number)
         time.sleep(_LOOK_AGAIN)
 

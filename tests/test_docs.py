@@ -26,8 +26,9 @@ def blocks(language: str) -> list[tuple[Path, str]]:
 
 
 def commands() -> list[str]:
-    lines = [line for _, block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
-    return [line[2:] for line in lines]
+    """Every command of the documents, its continued lines joined."""
+    joined = [re.sub(r"\\\n\s*", "", block) for _, block in blocks("console")]
+    return [line[2:] for block in joined for line in block.splitlines() if line.startswith("$ ")]
 
 
 def test_the_readme_is_among_the_documents() -> None:

@@ -12,8 +12,9 @@ from moe3d_deploy.stop_signals import STOP_SIGNALS, TerminatedError, stop_signal
 LOOKS = 0.3  # seconds in which a signal that waits for an import would be sent several times
 
 
-def signal_in_an_import() -> None:
-    exec(compile("signal.raise_signal(signal.SIGTERM)", "<frozen importlib._bootstrap>", "exec"), {"signal": signal})
+def signal_in_an_import(number: signal.Signals = signal.SIGTERM) -> None:
+    code = compile("signal.raise_signal(number)", "<frozen importlib._bootstrap>", "exec")
+    exec(code, {"signal": signal, "number": number})
 
 
 @pytest.fixture
@@ -44,9 +45,23 @@ def test_a_signal_in_an_import_is_raised_after_it(told: list[int]) -> None:
         command()
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, TerminatedError), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_still_waits_at_the_end_is_raised_there(
+    number: signal.Signals, error: type[BaseException], told: list[int]
+) -> None:
+    """A command that has little left to do is through before the signal is sent again."""
+    with pytest.raises(error), stop_signals_raise(last=False):
+        signal_in_an_import(number)
+
+
 def test_a_signal_that_still_waits_is_not_sent_to_a_caller_that_goes_on(told: list[int]) -> None:
-    with stop_signals_raise(last=False):
-        signal_in_an_import()
+    def command() -> None:
+        with stop_signals_raise(last=False):
+            signal_in_an_import()
+            raise ValueError("of the command")
+
+    with pytest.raises(ValueError, match="of the command"):
+        command()
 
     def tell(number: int, frame: Any) -> None:
         told.append(number)
