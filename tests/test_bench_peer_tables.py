@@ -62,3 +62,18 @@ def test_another_model_on_the_same_shape_is_nothing_to_compare_with() -> None:
     with_point_head = dataclasses.replace(TINY, point_head=True).to_dict()
     (table,) = peer_tables.tables(cases, {"moe3d-tiny": TINY.to_dict(), "other": with_point_head})
     assert len(table.rows) == 2
+
+
+def test_the_note_names_what_had_not_settled() -> None:
+    def note(cases: list[Any]) -> str:
+        report = a_report(*(dataclasses.replace(case, rounds=()) if case.reason else case for case in cases))
+        assert report.sections.cases is not None
+        (table,) = peer_tables.tables(report.cases, report.sections.cases.models)
+        return table.note
+
+    cases = planted()
+    assert "settled" not in note(cases)
+    for index in (1, 3):  # of these the second is compared with nothing
+        first, *rest = cases[index].rounds
+        cases[index] = dataclasses.replace(cases[index], rounds=(*rest, dataclasses.replace(first, stable=False)))
+    assert note(cases).endswith("when the warm-up's budget was used: onnxruntime-widespread fp32.")

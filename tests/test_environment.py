@@ -5,6 +5,7 @@ import platform
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,21 @@ def test_environment_names_neither_the_machine_nor_a_folder_of_it() -> None:
 
 
 def test_command_is_that_of_the_process_unless_given() -> None:
-    assert environment()["command"].startswith("python ")
-    assert "pytest" in environment()["command"]
+    assert environment()["command"].startswith(("python -m pytest", "pytest"))
+
+
+@pytest.mark.parametrize(
+    ("process", "command"),
+    [
+        (["/opt/bin/python3", "/opt/bin/moe3d", "bench", "--out", "/data/out"], "moe3d bench --out out"),
+        (["/opt/bin/python3", "-m", "moe3d_deploy", "bench"], "python -m moe3d_deploy bench"),
+        (["/opt/bin/python3", "/data/measure.py", "x"], "python measure.py x"),
+        (["/opt/bin/python3"], "python"),
+    ],
+)
+def test_command_is_what_a_user_types(process: list[str], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", process)
+    assert environment()["command"] == command
 
 
 @pytest.mark.parametrize(
