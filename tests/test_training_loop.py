@@ -16,7 +16,6 @@ from moe3d_deploy.errors import CheckpointError, InputError, Moe3dError
 from moe3d_deploy.training import scene_loss
 from moe3d_deploy.training.logs import read_log
 from moe3d_deploy.training.loop import TrainingError
-from moe3d_deploy.training.run_folder import open_run
 from moe3d_deploy.training.state import State, save_state
 
 
@@ -306,23 +305,6 @@ def test_other_options_are_refused_by_the_first_that_differs(
         f"{whole} is a run with {name} {there}, here it is {here}. Resume it as it is: "
         f"moe3d train --resume -o {whole}; or start a new phase from it: moe3d train {whole}/checkpoint -o OTHER ..."
     )
-
-
-def test_a_run_that_has_saved_nothing_takes_other_options(checkpoint: Path, tmp_path: Path) -> None:
-    """As when the first ones failed: 7 pixels are no patch of 14, and the remedy is another --shapes."""
-    patch = TINY.patch_size
-    with pytest.raises(InputError, match="change --shapes"):
-        run(short(checkpoint, shapes=((patch // 2, patch),)), tmp_path / "run")
-    with pytest.raises(InputError, match="use fewer scenes, or --feature-cache auto or off"):
-        run(short(checkpoint, train="head", from_scratch=False, feature_cache="memory", scenes=10**7), tmp_path / "run")
-    assert run(short(checkpoint, steps=1), tmp_path / "run")[0].step == 1
-    with pytest.raises(InputError, match="is a run with steps 1, here it is 2"):
-        run(short(checkpoint, steps=2), tmp_path / "run")
-
-
-def test_a_stream_that_would_block_is_not_taken_for_another_process(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BlockingIOError, match=r"^stderr$"), open_run(tmp_path / "run", short(checkpoint)):
-        raise BlockingIOError("stderr")
 
 
 def test_a_new_phase_keeps_the_temperature_of_its_source(checkpoint: Path, tmp_path: Path) -> None:
