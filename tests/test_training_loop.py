@@ -307,19 +307,6 @@ def test_other_options_are_refused_by_the_first_that_differs(
     )
 
 
-def test_a_new_phase_keeps_the_temperature_of_its_source(checkpoint: Path, tmp_path: Path) -> None:
-    run(short(checkpoint, steps=1, temperature=(2.0, 0.5)), tmp_path / "first")
-    source = tmp_path / "first" / "checkpoint"
-    for name, scratch, given, expected in (
-        ("kept", False, None, 0.5), ("given", False, (0.7, 0.7), 0.7), ("fresh", True, None, 1.0),
-    ):  # fmt: skip
-        run(short(source, steps=1, from_scratch=scratch, temperature=given), tmp_path / name)
-        (line,) = read_log(tmp_path / name / "train.jsonl", "step")
-        moe = open_checkpoint(tmp_path / name / "checkpoint").config.moe
-        assert moe is not None
-        assert (line["temperature"], moe.temperature) == (expected, expected)
-
-
 def test_more_steps_are_a_new_phase(whole: Path, checkpoint: Path) -> None:
     with pytest.raises(InputError, match="with steps 6, here it is 7; the learning rate is planned for all of them"):
         run(short(checkpoint, steps=7), whole)

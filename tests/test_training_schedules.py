@@ -1,10 +1,14 @@
 """Learning rate and temperature at steps computed by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
+from trainings import run, short, tiny_checkpoint
 
+from moe3d_deploy.checkpoint import open_checkpoint
 from moe3d_deploy.errors import InputError
+from moe3d_deploy.training.logs import read_log
 from moe3d_deploy.training.schedules import learning_rate_factor, temperature_at
 
 
@@ -66,3 +70,17 @@ def test_a_run_of_one_step_has_the_last_temperature() -> None:
 def test_a_schedule_that_makes_no_sense_is_refused(call: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_a_new_phase_keeps_the_temperature_of_its_source(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "tiny")
+    run(short(checkpoint, steps=1, temperature=(2.0, 0.5)), tmp_path / "first")
+    source = tmp_path / "first" / "checkpoint"
+    for name, scratch, given, expected in (
+        ("kept", False, None, 0.5), ("given", False, (0.7, 0.7), 0.7), ("fresh", True, None, 1.0),
+    ):  # fmt: skip
+        run(short(source, steps=1, from_scratch=scratch, temperature=given), tmp_path / name)
+        (line,) = read_log(tmp_path / name / "train.jsonl", "step")
+        moe = open_checkpoint(tmp_path / name / "checkpoint").config.moe
+        assert moe is not None
+        assert (line["temperature"], moe.temperature) == (expected, expected)
