@@ -18,7 +18,7 @@ from trainings import TINY
 
 from moe3d_deploy.benchmarks.environment import without_paths
 from moe3d_deploy.benchmarks.heads import __main__ as command
-from moe3d_deploy.benchmarks.heads import comparison
+from moe3d_deploy.benchmarks.heads import comparison, work
 from moe3d_deploy.benchmarks.heads.variants import Plan, Trial, Variant
 from moe3d_deploy.benchmarks.heads.work import WorkFolder, open_work
 from moe3d_deploy.checkpoint import save_checkpoint, seeded_source
@@ -344,6 +344,17 @@ def test_a_folder_that_another_process_works_in_is_refused(checkpoint: Path, tmp
 def test_a_stream_that_would_block_is_not_taken_for_another_process(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError, match=r"^stderr$"), open_work(tmp_path / "heads.work", Plan(), "0" * 64):
         raise BlockingIOError("stderr")
+
+
+def test_work_on_scenes_of_another_generator_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_work(tmp_path / "heads.work", Plan(), "0" * 64):
+        pass
+    monkeypatch.setattr(work, "GENERATOR_VERSION", 99)
+    with (
+        pytest.raises(InputError, match=r"of a comparison with another generator \(\d+, not 99\)"),
+        open_work(tmp_path / "heads.work", Plan(), "0" * 64),
+    ):
+        pass
 
 
 def test_the_work_folder_is_none_of_gits_business(finished: Path) -> None:

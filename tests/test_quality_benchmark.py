@@ -135,6 +135,19 @@ def test_an_unknown_precision_is_named(tmp_path: Path) -> None:
     assert str(result.exception).startswith("--precision fp8: no such precision; choose from fp32, fp16,")
 
 
+def test_folders_that_are_missing_are_named_before_anything_is_judged(tmp_path: Path) -> None:
+    for flags, message in (
+        (["--out", f"{tmp_path}/none/x.json"], f"--out {tmp_path}/none/x.json: folder {tmp_path}/none does not exist"),
+        (
+            ["--out", f"{tmp_path}/x.json", "--workdir", f"{tmp_path}/none"],
+            f"--workdir {tmp_path}/none: no such folder",
+        ),
+    ):
+        result = CliRunner().invoke(benchmark.main, ["moe3d-tiny", *flags])
+        assert isinstance(result.exception, InputError)
+        assert str(result.exception).startswith(message)
+
+
 # ---- bars and tables
 
 
