@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def _typed(arguments: Sequence[str]) -> list[str]:
     """The command line of a process as a user types it: a script on the PATH, such as `moe3d`, by its name alone."""
     script = Path(arguments[1]) if len(arguments) > 1 else Path()
     return list(arguments[1:]) if script.is_absolute() and not script.suffix else ["python", *arguments[1:]]
+
+
+def revision_text(git: Mapping[str, Any]) -> str:
+    """The `git` of an environment in words."""
+    return f"{(git['revision'] or 'unknown')[:12]}{' with uncommitted changes' if git.get('dirty') else ''}"
 
 
 def without_paths(text: str) -> str:

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe3d_deploy.benchmarks.environment import environment, without_paths
-from moe3d_deploy.benchmarks.quality import BARS
-from moe3d_deploy.benchmarks.training_phases import phases_behind, shipped_phases
+from moe3d_deploy.benchmarks.quality import BARS, judged_splits
+from moe3d_deploy.benchmarks.training_phases import phases_behind, totals
 from moe3d_deploy.cli.main import finish
 from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.cli.progress import Progress
-from moe3d_deploy.config import PRESETS
 from moe3d_deploy.errors import InputError, require
-from moe3d_deploy.evaluation import evaluate, native_size, rendered_scenes
+from moe3d_deploy.evaluation import native_size
+from moe3d_deploy.evaluation.compare import PERCENTILES, scene_draws
 from moe3d_deploy.evaluation.measures import measure
 from moe3d_deploy.evaluation.scenes import HELD_OUT
 from moe3d_deploy.export.source import SourceSpec
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 KEPT = ("abs_rel", "delta1", "auc30", "boundary_f1")
 _JUDGED = "abs_rel"  # what the trend is of
-_DRAWS = 2000  # of the bootstrap
-_SEED = 0
 
 
 class Trend(NamedTuple):
@@ -67,7 +65,7 @@ def main(sources: tuple[str, ...], out: Path, count: int, views: int, height: in
     """Judge SOURCES, two or more trainings in the order of their samples, on the same held-out scenes."""
     require("scipy")
     stages = [(source, phases_of(source)) for source in sources]
-    amounts = [_sum(phases, "samples") for _, phases in stages]
+    amounts = [totals(phases)["samples"] for _, phases in stages]
     if len(amounts) < 2 or sorted(set(amounts)) != amounts:
         told = ", ".join(f"{source} {amount:,}" for (source, _), amount in zip(stages, amounts, strict=True))
         raise InputError(f"name two or more trainings in the order of their samples, not {told}")
@@ -95,8 +93,7 @@ def main(sources: tuple[str, ...], out: Path, count: int, views: int, height: in
 
 def phases_of(source: str) -> list[dict[str, Any]]:
     """The phases behind a preset's trained weights or a run's checkpoint. Raises InputError where none are known."""
-    preset = source.removeprefix("preset:")
-    phases = shipped_phases(preset) if preset in PRESETS else phases_behind(Path(source))
+    phases = phases_behind(source)
     if not phases:
         raise InputError(f"{source}: of these weights no training is known; name checkpoints that moe3d train wrote")
     return phases
@@ -106,22 +103,13 @@ def _weights(opened: "WeightSource") -> dict[str, str]:
     return {"name": without_paths(opened.name), "origin": opened.origin, "sha256": opened.sha256()}
 
 
-def _sum(phases: Sequence[dict[str, Any]], key: str) -> int:
-    return sum(phase[key] for phase in phases)
-
-
 def _errors(source: str, count: int, size: Mapping[str, int], progress: Progress) -> dict[str, dict[str, list[float]]]:
     """By split and measure, the figures of the scenes in the order of seeds; every scene has an AbsRel."""
     session = Session.open(source, backend="pytorch")
     found = {}
-    for split in HELD_OUT:
-        results = evaluate(
-            session.run,
-            rendered_scenes(range(count), split=split, **size),
-            points=False,
-            on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, count),
-        ).results
-        found[split] = {key: [round(r.metrics[key], 6) for r in results if key in r.metrics] for key in KEPT}
+    for split, evaluation in judged_splits(session, count, size, progress, points=False):
+        metrics = [result.metrics for result in evaluation.results]
+        found[split] = {key: [round(of_scene[key], 6) for of_scene in metrics if key in of_scene] for key in KEPT}
         progress.line(split, f"{source}: AbsRel {np.mean(found[split][_JUDGED]):.4f} over {count} scenes")
     return found
 
@@ -132,9 +120,8 @@ def trend(samples: Sequence[int], errors: NDArray[np.float64]) -> Trend:
     samples   of N >= 2 stages
     errors    (N, scenes), the same scenes in every stage
     """
-    draws = np.random.default_rng(_SEED).integers(errors.shape[1], size=(_DRAWS, errors.shape[1]))
-    drawn = [_power(samples, errors[:, draw].mean(axis=1)) for draw in draws]
-    low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
+    drawn = [_power(samples, errors[:, draw].mean(axis=1)) for draw in scene_draws(errors.shape[1])]
+    low, high = np.percentile(drawn, PERCENTILES).tolist()
     return Trend(_power(samples, errors.mean(axis=1)), low, high)
 
 
@@ -162,8 +149,8 @@ def stages_table(report: dict[str, Any]) -> str:
             ", ".join(found.text(float(np.mean(stage["errors"][split][found.key]))) for split in HELD_OUT)
             for found in measures
         ]
-        samples, seconds = (_sum(stage["phases"], key) for key in ("samples", "seconds"))
-        lines.append(f"| {samples:,} | {seconds / 3600:.1f} | {' | '.join(cells)} |")
+        total = totals(stage["phases"])
+        lines.append(f"| {total['samples']:,} | {total['seconds'] / 3600:.1f} | {' | '.join(cells)} |")
     scenes = report["scenes"]
     return "\n".join([
         *lines, "",
@@ -175,8 +162,9 @@ def stages_table(report: dict[str, Any]) -> str:
 def trend_text(report: dict[str, Any]) -> str:
     """What the trend says of the bar, a line per split, in Markdown."""
     stages, last, bar = report["stages"], report["last_at_own_size"], BARS[_JUDGED]
-    samples = [_sum(stage["phases"], "samples") for stage in stages]
-    pace = samples[-1] / _sum(stages[-1]["phases"], "seconds")
+    behind = [totals(stage["phases"]) for stage in stages]
+    samples = [total["samples"] for total in behind]
+    pace = samples[-1] / behind[-1]["seconds"]
     lines = []
     for split in HELD_OUT:
         found = trend(samples, np.array([stage["errors"][split][_JUDGED] for stage in stages]))

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from moe3d_deploy.cli.main import finish
 from moe3d_deploy.cli.parameters import OutputFile
 from moe3d_deploy.cli.progress import Progress
 from moe3d_deploy.errors import ExportError, InputError, Moe3dError, require
-from moe3d_deploy.evaluation import Summary, evaluate, native_size, rendered_scenes
+from moe3d_deploy.evaluation import Evaluation, Summary, evaluate, native_size, rendered_scenes
 from moe3d_deploy.evaluation.compare import Comparison
 from moe3d_deploy.evaluation.measures import ALIGNMENT, in_order, measure
 from moe3d_deploy.evaluation.scenes import HELD_OUT
@@ -99,19 +99,30 @@ def _quality(
 ) -> list[dict[str, Any]]:
     """A row per split: every measure's mean, median, number of scenes and worst scene, in PyTorch float32."""
     session = Session.open(spec.source, backend="pytorch", seed=spec.seed, outputs=outputs)
+    size = {"views": plan.views, "height": plan.height, "width": plan.width}
     rows = []
-    for split in HELD_OUT:
-        shape = {"views": plan.views, "height": plan.height, "width": plan.width}
-        summary = evaluate(
-            session.run,
-            rendered_scenes(range(plan.scenes), split=split, **shape),
-            points=points,
-            on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, plan.scenes),
-        ).summary()
+    for split, evaluation in judged_splits(session, plan.scenes, size, progress, points=points):
+        summary = evaluation.summary()
         progress.line(split, f"AbsRel {summary['abs_rel'].mean:.4f} over {plan.scenes} scenes")
         metrics = {key: value._asdict() for key, value in summary.items()}
         rows.append({"split": split, "metrics": metrics, "bars": bars_of(summary)})
     return rows
+
+
+def judged_splits(
+    session: Session, count: int, size: Mapping[str, int], progress: Progress, *, points: bool
+) -> Iterator[tuple[str, Evaluation]]:
+    """A session's evaluation on scenes 0..count - 1 of each held-out split; `size` is views, height and width."""
+    for split in HELD_OUT:
+        yield (
+            split,
+            evaluate(
+                session.run,
+                rendered_scenes(range(count), split=split, **size),
+                points=points,
+                on_scene=lambda scene, *_, split=split: progress.report(split, int(scene.name) + 1, count),
+            ),
+        )
 
 
 def bars_of(summary: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe3d_deploy.benchmarks.environment import revision_text
+
 _SHOWN_CHARACTERS = 230  # of a printed line in the table
 _OUTCOMES = {
     "absent": "no bundle yet",
@@ -171,10 +173,8 @@ def _measured(report: Mapping[str, Any], part: str, counts: str = "") -> list[st
     if facts is None:
         return ["", counts] if counts else []
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in _PACKAGES_SHOWN if name in facts["packages"])
-    git = facts["git"]
-    changes = " with uncommitted changes" if git["dirty"] else ""
     return ["", (
         f"{counts}{'; ' if counts else ''}{facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
         f"{facts['memory_bytes'] / 2**30:.0f} GiB, Python {facts['python']}, {packages}; revision "
-        f"{(git['revision'] or 'unknown')[:12]}{changes}; `{facts['command']}`."
+        f"{revision_text(facts['git'])}; `{facts['command']}`."
     )]  # fmt: skip

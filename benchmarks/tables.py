@@ -27,6 +27,7 @@ from moe3d_deploy.benchmarks import (
     training_phases,
 )
 from moe3d_deploy.benchmarks.bench import documents as documents_of_bench
+from moe3d_deploy.benchmarks.environment import revision_text
 from moe3d_deploy.benchmarks.heads import tables as heads
 from moe3d_deploy.benchmarks.survival_table import survival_fuzz, survival_kills, survival_matrix
 from moe3d_deploy.cli.main import finish
@@ -94,12 +95,11 @@ def export_transcript(report: dict[str, Any]) -> str:
 def _machine(report: dict[str, Any]) -> str:
     facts = report["environment"]
     packages = ", ".join(f"{name} {facts['packages'][name]}" for name in _PACKAGES_SHOWN)
-    changes = " with uncommitted changes" if facts["git"].get("dirty") else ""
     gpus = "; ".join(gpu["name"] for gpu in facts["gpus"]) or "no GPU"
     return (
         f"Measured on {facts['cpu']['usable_cores']} cores of {facts['cpu']['name']}, "
         f"{facts['memory_bytes'] / 2**30:.0f} GiB, {gpus}; {packages}; "
-        f"revision {facts['git']['revision'][:12]}{changes}; `{facts['command']}`."
+        f"revision {revision_text(facts['git'])}; `{facts['command']}`."
     )
 
 

@@ -1,12 +1,13 @@
 """What a training was, phase by phase, from the folders of its runs: options, steps, samples, hours; and as a table."""
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 from moe3d_deploy.benchmarks.environment import without_paths
-from moe3d_deploy.config import PRESETS
+from moe3d_deploy.checkpoint import preset_name
 from moe3d_deploy.errors import InputError
 from moe3d_deploy.shipped_weights import shipped_weights
 from moe3d_deploy.training.logs import read_log
@@ -35,47 +36,46 @@ def phase(run: Path) -> dict[str, Any]:
         raise InputError(f"{run}: its log has no step yet; train it first")
     saved = states(RunFolder(run).state)
     last = step_of(saved[-1]) if saved else lines[-1]["step"]
-    lines = [line for line in lines if line["step"] <= last]
-    samples = [0, *(line["samples"] for line in lines), last * options.batch]
-    rates = [line["samples_per_second"] for line in [*lines, *lines[-1:]]]
+    end = last * options.batch
+    samples = [0, *(min(line["samples"], end) for line in lines), end]
+    rates = [line["samples_per_second"] for line in [*lines, lines[-1]]]
     seconds = sum((now - past) / rate for (past, now), rate in zip(pairwise(samples), rates, strict=True))
-    told = {"steps": last, "samples": samples[-1], "seconds": round(seconds)}
+    told = {"steps": last, "samples": end, "seconds": round(seconds)}
     kept = {key: without_paths(value) if isinstance(value, str) else value for key, value in options.to_dict().items()}
     return {"options": kept, **told}
 
 
-def phases_behind(checkpoint: Path) -> list[dict[str, Any]]:
-    """The phases that led to a run's `checkpoint`, oldest first: of the run, of that which it started from, and so on.
+def phases_behind(source: str | Path) -> list[dict[str, Any]]:
+    """The phases that led to weights, oldest first: of a preset's trained ones, or of the checkpoint of a run.
 
-    A run that started from a preset's trained weights comes after the phases that the preset tells of. A source that no
-    run has written, or that was given up with --from-scratch, begins the list; so a checkpoint of no run has none.
-    Raises as `phase`; InputError where the source of a run is gone.
+    Before the phase of a run come those of what it started from, and so on; those before --from-scratch do not count.
+    Weights that no run has written have none. Raises as `phase`; InputError where the source of a run is gone.
     """
-    folder = checkpoint.resolve()
+    if preset := preset_name(source):
+        shipped = shipped_weights(preset)
+        return [] if shipped is None else shipped.training.get("phases", [])
+    folder = Path(source).resolve()
     run = (folder.parent if folder.is_file() else folder).parent
     if not (run / OPTIONS_FILE).is_file():
         return []
     options, own = TrainOptions.read(run / OPTIONS_FILE), phase(run)
-    preset = options.source.removeprefix("preset:")
+    before = options.source
     if options.from_scratch:
         return [own]
-    if preset in PRESETS:
-        # What ships by now may hold this run already, or an earlier state of it: only what was there before counts.
-        return [*takewhile(lambda before: not _is_of(before, own), shipped_phases(preset)), own]
-    if not Path(options.source).exists():
-        raise InputError(f"{run}: it started from {options.source}, which is gone; put it back, or name every --phase")
-    return [*phases_behind(Path(options.source)), own]
+    if preset_name(before) is None and not Path(before).exists():
+        raise InputError(f"{run}: it started from {before}, which is gone; put it back, or name every --phase")
+    # What a preset ships by now may hold this run, or an earlier state of it: only what was there before counts.
+    return [*takewhile(lambda found: not _is_of(found, own), phases_behind(before)), own]
+
+
+def totals(phases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, samples and seconds of all phases together."""
+    return {key: sum(found[key] for found in phases) for key in ("steps", "samples", "seconds")}
 
 
 def _is_of(found: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether a phase is `own`, or that as it once was; the same command run a second time takes another time."""
     return found["options"] == own["options"] and (found["steps"] < own["steps"] or found == own)
-
-
-def shipped_phases(preset: str) -> list[dict[str, Any]]:
-    """The phases of a preset's trained weights, none where there are no such weights. Raises CheckpointError."""
-    shipped = shipped_weights(preset)
-    return [] if shipped is None else shipped.training.get("phases", [])
 
 
 def phases_table(facts: dict[str, Any]) -> str:
@@ -85,8 +85,7 @@ def phases_table(facts: dict[str, Any]) -> str:
     rows = ["| phase | steps | samples | hours | options |", "|---|---:|---:|---:|---|"]
     for number, found in enumerate(phases, 1):
         rows.append(f"| {number} | {_amounts(found)} | {_flags(found['options'])} |")
-    total = {key: sum(found[key] for found in phases) for key in ("steps", "samples", "seconds")}
-    rows.append(f"| all | {_amounts(total)} | |")
+    rows.append(f"| all | {_amounts(totals(phases))} | |")
     return "\n".join([*rows, "", f"On {training['machine']}."])
 
 

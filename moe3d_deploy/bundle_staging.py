@@ -4,7 +4,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe3d_deploy.errors import BundleError
@@ -15,11 +15,8 @@ from moe3d_deploy.manifest import MANIFEST_NAME
 @contextmanager
 def writer_lock(final: Path) -> Iterator[None]:
     """One writer at a time for one bundle name. The lock lies beside the bundle, which is replaced as a whole."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_lock(final.with_name(f".{final.name}.lock")))
-        except BlockingIOError:
-            raise BundleError(f"bundle {final} is being written by another process; wait until it has ended") from None
+    busy = BundleError(f"bundle {final} is being written by another process; wait until it has ended")
+    with exclusive_lock(final.with_name(f".{final.name}.lock"), busy):
         yield
 
 

@@ -91,7 +91,7 @@ def open_checkpoint(
 
     Raises CheckpointError for weights that cannot be used, InputError for arguments that contradict each other.
     """
-    preset = _preset_name(source)
+    preset = preset_name(source)
     if preset is not None:
         if config is not None:
             raise InputError(f"preset {preset!r} has its own config; leave out the config, or use seeded_source")
@@ -206,14 +206,13 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} is a file; name the folder to write")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    busy = CheckpointError(f"{folder} is being written by another process; wait until it has ended")
     try:
-        with exclusive_lock(folder / _LOCK_FILE):
+        with exclusive_lock(folder / _LOCK_FILE, busy):
             for entry in folder.iterdir():
                 if _PARTIAL.fullmatch(entry.name):
                     entry.unlink()
             yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder} is being written by another process; wait until it has ended") from None
     except BaseException:
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
@@ -278,7 +277,8 @@ def _fault(tensor: Tensor, dtype: torch.dtype) -> str | None:
     return f"reaches {largest:.3g}, too large for {dtype}" if largest > torch.finfo(dtype).max else None
 
 
-def _preset_name(source: str | Path) -> str | None:
+def preset_name(source: str | Path) -> str | None:
+    """The preset that a source names, with or without "preset:"; None for a path. Raises CheckpointError."""
     if isinstance(source, Path):
         return None
     name = source.removeprefix("preset:")

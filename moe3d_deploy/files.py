@@ -97,12 +97,18 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, busy: Exception | None = None) -> Iterator[None]:
     """Hold a lock file for the length of the block; it goes with the process, however that ends.
 
-    Raises BlockingIOError at once when another process, or another block of this one, holds it.
+    Raises `busy`, or else BlockingIOError, at once when another process, or another block of this one, holds it. A
+    BlockingIOError of the block itself, such as a pipe's, is then not taken for that.
     """
-    descriptor = _acquire(path)
+    try:
+        descriptor = _acquire(path)
+    except BlockingIOError:
+        if busy is None:
+            raise
+        raise busy from None
     try:
         yield
     finally:

@@ -147,3 +147,11 @@ def test_two_processes_never_hold_the_lock_at_once(tmp_path: Path) -> None:
     )
     running = [subprocess.Popen([sys.executable, "-c", script, tmp_path]) for _ in range(3)]
     assert [process.wait(timeout=60) for process in running] == [0, 0, 0]
+
+
+def test_a_held_lock_raises_what_it_is_told_and_nothing_of_the_block(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    with exclusive_lock(lock), pytest.raises(ValueError, match="busy"):
+        exclusive_lock(lock, ValueError("busy")).__enter__()
+    with pytest.raises(BlockingIOError, match="of a pipe"), exclusive_lock(lock, ValueError("busy")):
+        raise BlockingIOError("of a pipe")

@@ -45,7 +45,9 @@ def report(later: float) -> dict[str, object]:
         return {"test-seeds": figures, "test-kinds": figures}
 
     def stage(samples: int, factor: float) -> dict[str, object]:
-        phases = [{"samples": samples - 600, "seconds": samples}, {"samples": 600, "seconds": 0}]
+        phases = [
+            {"steps": 1, "samples": samples - 600, "seconds": samples}, {"steps": 1, "samples": 600, "seconds": 0}
+        ]  # fmt: skip
         return {"phases": phases, "errors": errors(factor)}
 
     size = {"views": 4, "height": 84, "width": 112}

@@ -1,5 +1,6 @@
 """Backends and forms of one model on one shape, side by side: time, loading, nodes, memory, against two of them."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ def tables(cases: Sequence[Case], models: Mapping[str, Mapping[str, Any]]) -> li
     for case in cases:
         if case.status == MEASURED:
             groups.setdefault((_identity(models[case.model]), case.shape), []).append(case)
-    rows = [row for group in groups.values() if len(group) > 1 for row in _rows(group)]
+    compared = [group for group in groups.values() if len(group) > 1]
+    rows = [row for group in compared for row in _rows(group)]
     if not rows:
         return []
     header = (
@@ -30,14 +32,13 @@ def tables(cases: Sequence[Case], models: Mapping[str, Mapping[str, Any]]) -> li
         "over that of the widespread form of export (one size, everything decomposed, float32, ONNX Runtime's "
         "defaults), each the ratio of the medians with its 95 % interval; without one where a side has a single "
         "process. Load: a bundle's with the check of its digests. First run: with torch.compile it compiles, and is no "
-        f"part of p50. Peak memory of the device where the model is on one.{_unsettled(groups.values())}"
+        f"part of p50. Peak memory of the device where the model is on one.{_unsettled(itertools.chain(*compared))}"
     )
     return [Table("Beside what else runs it", header, tuple(rows), 4, note)]
 
 
-def _unsettled(groups: Iterable[Sequence[Case]]) -> str:
-    """A sentence on the compared cases whose times had not settled when the warm-up's budget was used."""
-    cases = [case for group in groups if len(group) > 1 for case in group]
+def _unsettled(cases: Iterable[Case]) -> str:
+    """A sentence on the cases whose times had not settled when the warm-up's budget was used."""
     found = [case for case in cases if not all(item.stable for item in case.rounds)]
     if not found:
         return ""

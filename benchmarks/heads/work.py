@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,17 @@ def open_work(path: Path, plan: Plan, checkpoint_sha256: str) -> Iterator[WorkFo
     Raises InputError for one of another plan or checkpoint and for one that holds something else, Moe3dError while
     another process works in it, OSError.
     """
-    versions = {"format": FORMAT_VERSION, "generator": GENERATOR_VERSION}
-    wanted = {**versions, "checkpoint": checkpoint_sha256, **dataclasses.asdict(plan)}
+    wanted = {
+        "format": FORMAT_VERSION,
+        "generator": GENERATOR_VERSION,
+        "checkpoint": checkpoint_sha256,
+        **dataclasses.asdict(plan),
+    }
     file = path / "plan.json"
     if path.is_dir() and not file.exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise InputError(f"{path} holds something else than a comparison of heads; choose another --workdir")
     path.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        try:
-            held.enter_context(exclusive_lock(path / ".lock"))
-        except BlockingIOError as error:
-            raise Moe3dError(f"{path}: another process works on this comparison; wait for it") from error
+    with exclusive_lock(path / ".lock", Moe3dError(f"{path}: another process works on this comparison; wait for it")):
         remove_partials(path)
         if file.exists():
             _require_equal(file, wanted)

@@ -87,11 +87,15 @@ def _change(values: NDArray[np.float64], *, relative: bool) -> Change:
     typical = _scaled(float(np.abs(values[:, 1] - values[:, 0]).mean()), a, relative)
     if len(values) == 1:
         return Change(a, b, change, None, None, typical)
-    draws = np.random.default_rng(_SEED).integers(len(values), size=(RESAMPLES, len(values)))
-    means = values[draws].mean(axis=1)
+    means = values[scene_draws(len(values))].mean(axis=1)
     changes = [_scaled(y - x, x, relative) for x, y in means.tolist()]
     low, high = np.percentile(changes, PERCENTILES).tolist()
     return Change(a, b, change, low, high, typical)
+
+
+def scene_draws(count: int) -> NDArray[np.int64]:
+    """The bootstrap's draws of `count` scenes with replacement, (RESAMPLES, count): the same at every call."""
+    return np.random.default_rng(_SEED).integers(count, size=(RESAMPLES, count))
 
 
 def _scaled(difference: float, reference: float, relative: bool) -> float:

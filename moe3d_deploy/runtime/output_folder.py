@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +147,8 @@ def _mode(path: Path) -> int:
 
 @contextmanager
 def _one_writer(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_lock(folder / _LOCK))
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: another process writes results there; wait for it or choose another output folder"
-            ) from None
+    busy = InputError(f"{folder}: another process writes results there; wait for it or choose another output folder")
+    with exclusive_lock(folder / _LOCK, busy):
         yield
 
 

@@ -1,7 +1,7 @@
 """The folder of a run: options.json, state/, checkpoint/, train.jsonl, tensorboard/; one process writes at a time."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +50,8 @@ def open_run(path: Path, options: TrainOptions) -> Iterator[RunFolder]:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; name the folder of the run")
     path.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held:
-        try:
-            held.enter_context(exclusive_lock(path / _LOCK_FILE))
-        except BlockingIOError:
-            raise InputError(f"{path} is being trained by another process; wait until it has ended") from None
+    busy = InputError(f"{path} is being trained by another process; wait until it has ended")
+    with exclusive_lock(path / _LOCK_FILE, busy):
         remove_partials(path)
         _check_options(path, options)
         folder = RunFolder(path)
